@@ -1,1 +1,6 @@
-//! stasis core.
+//! Checkpoints running Linux process trees into files and restores them.
+//!
+//! ARCHITECTURE.md is the map. Core knows processes, threads, memory, descriptor tables and path-backed files; every other
+//! resource is known by exactly one plugin (see `stasis-plugin-api`).
+
+pub mod image;

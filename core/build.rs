@@ -1,0 +1,10 @@
+//! Compiles the image's records; builds and flattens the blobs that run inside tasks.
+
+#[path = "build/records.rs"]
+mod records;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
+    records::compile("proto/image.proto");
+}

@@ -1,0 +1,140 @@
+//! Host services, as hooks see them.
+
+use crate::{HandleInfo, HookError, Result, SessionInfo, TaskInfo, abi::HostRef};
+use std::{
+    io::{Read, Write},
+    os::fd::{FromRawFd, OwnedFd},
+};
+
+/// What core offers to a hook. Valid only during the call it is given to.
+pub struct Host<'a> {
+    inner: HostRef<'a>,
+}
+
+impl<'a> Host<'a> {
+    pub(crate) fn new(inner: HostRef<'a>) -> Self {
+        Self { inner }
+    }
+
+    /// The value of one of the plugin's own options; an empty string for a switch that was given.
+    pub fn option(&self, name: &str) -> Option<String> {
+        self.inner.option(name.into()).into_option().map(Into::into)
+    }
+
+    /// Whether one of the plugin's own switches was given.
+    pub fn has_option(&self, name: &str) -> bool {
+        self.option(name).is_some()
+    }
+
+    /// Tells the user something he should know although the operation goes on.
+    pub fn warn(&self, message: &str) {
+        self.inner.warn(message.into());
+    }
+
+    /// Reports progress of a long step, in units of the plugin's choice.
+    pub fn progress(&self, done: u64, total: u64) {
+        self.inner.progress(done, total);
+    }
+
+    /// The task in which this hook runs (on restore), or 0 in the command process.
+    pub fn current_task(&self) -> i32 {
+        self.inner.current_task()
+    }
+
+    /// All processes of the tree.
+    pub fn tasks(&self) -> Vec<TaskInfo> {
+        self.inner.tasks().into()
+    }
+
+    /// All sessions of the tree that have a controlling terminal.
+    pub fn sessions(&self) -> Vec<SessionInfo> {
+        self.inner.sessions().into()
+    }
+
+    /// What is known of handle `id`.
+    pub fn handle(&self, id: u32) -> Option<HandleInfo> {
+        self.inner.handle(id).into()
+    }
+
+    /// Which handle descriptor `fd` of process `pid` refers to.
+    pub fn handle_at(&self, pid: i32, fd: i32) -> Option<u32> {
+        self.inner.handle_at(pid, fd).into()
+    }
+
+    /// A duplicate of the open file description of handle `id`. On restore from the link phase on, or in create for
+    /// handles that were named in [`Dumped::after`](crate::Dumped::after).
+    pub fn open_handle(&self, id: u32) -> Result<OwnedFd> {
+        let fd = self.inner.open_handle(id).into_result()?;
+        Ok(take_fd(fd))
+    }
+
+    /// `/proc/PID` of a frozen task, as a directory descriptor (dump only).
+    pub fn open_proc(&self, pid: i32) -> Result<OwnedFd> {
+        let fd = self.inner.open_proc(pid).into_result()?;
+        Ok(take_fd(fd))
+    }
+
+    /// Runs a system call in the frozen task `pid` (dump only). A negative `errno` becomes an error.
+    pub fn remote_syscall(&self, pid: i32, number: i64, args: [u64; 6]) -> Result<i64> {
+        self.inner.remote_syscall(pid, number, &args).into_result()
+    }
+
+    /// Reads memory of the frozen task `pid` (dump only).
+    pub fn read_memory(&self, pid: i32, address: u64, buffer: &mut [u8]) -> Result<()> {
+        self.inner.read_memory(pid, address, buffer.into()).into_result()
+    }
+
+    /// A writer that appends to the plugin's blob `name` in the image (dump only). Blobs are streamed, of any size.
+    pub fn blob_writer<'b>(&'b self, name: &'b str) -> impl Write + 'b {
+        BlobWriter { host: self, name }
+    }
+
+    /// A reader of the plugin's blob `name` (restore only). A blob never written reads as empty.
+    pub fn blob_reader<'b>(&'b self, name: &'b str) -> impl Read + 'b {
+        BlobReader { host: self, name, offset: 0 }
+    }
+}
+
+struct BlobWriter<'b, 'a> {
+    host: &'b Host<'a>,
+    name: &'b str,
+}
+
+impl Write for BlobWriter<'_, '_> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        let data = &data[..data.len().min(1 << 20)];
+        let result = self.host.inner.blob_append(self.name.into(), data.into()).into_result();
+        result.map(|()| data.len()).map_err(into_io)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+struct BlobReader<'b, 'a> {
+    host: &'b Host<'a>,
+    name: &'b str,
+    offset: u64,
+}
+
+impl Read for BlobReader<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let result = self.host.inner.blob_read(self.name.into(), self.offset, buffer.into()).into_result();
+        let n = result.map_err(into_io)?;
+        self.offset += n as u64;
+        Ok(n)
+    }
+}
+
+fn into_io(error: HookError) -> std::io::Error {
+    match error.errno {
+        0 => std::io::Error::other(error),
+        errno => std::io::Error::from_raw_os_error(errno),
+    }
+}
+
+fn take_fd(fd: i32) -> OwnedFd {
+    // SAFETY: the host gives a freshly opened descriptor and keeps no copy of the number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
