@@ -4,3 +4,5 @@
 //! resource is known by exactly one plugin (see `stasis-plugin-api`).
 
 pub mod image;
+pub mod memory;
+pub mod proc;
