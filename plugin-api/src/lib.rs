@@ -46,6 +46,8 @@ mod host;
 mod model;
 #[doc(hidden)]
 pub mod register;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use error::{ErrorKind, HookError, Result};
 pub use hooks::{Descriptor, Lifecycle, Mapping, Namespace, Session, Task};

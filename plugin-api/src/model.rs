@@ -1,6 +1,7 @@
 //! The nouns that core and plugins share. All of them cross the ABI, hence `RString` and `RVec`, which behave like
 //! `String` and `Vec`. Process ids are those of the innermost pid namespace of the task, as the image keeps them.
 
+use crate::{HookError, Result};
 use abi_stable::{
     StableAbi,
     std_types::{RSlice, RString, RVec},
@@ -151,6 +152,17 @@ pub struct HandleInfo {
     pub holders: RVec<Holder>,
     /// What `describe` said.
     pub role: u32,
+}
+
+impl HandleInfo {
+    /// The text after `NAME:` in fdinfo (proc(5), proc_pid_fdinfo(5)), without the blanks around it.
+    pub fn field(&self, name: &str) -> Result<&str> {
+        self.fdinfo
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .map(str::trim)
+            .ok_or_else(|| HookError::invalid(format!("fdinfo has no field {name}")))
+    }
 }
 
 /// What `describe` found.

@@ -7,21 +7,26 @@ use stasis_plugin_api::{
 };
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-mod record {
+mod records {
     include!(concat!(env!("OUT_DIR"), "/records.rs"));
 }
-use record::stasis::eventfd::v1::EventCounter;
+use records::stasis::eventfd::v1::EventCounter;
 
 struct Counter;
 
-/// A field of fdinfo (fs/eventfd.c, eventfd_show_fdinfo).
-fn field<'a>(handle: &'a HandleInfo, name: &str) -> Result<&'a str> {
-    handle
-        .fdinfo
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-        .map(str::trim)
-        .ok_or_else(|| HookError::invalid(format!("fdinfo has no field {name}")))
+/// Reads fdinfo (fs/eventfd.c, eventfd_show_fdinfo): the count is hexadecimal and padded with blanks.
+fn record(handle: &HandleInfo) -> Result<EventCounter> {
+    let count = u64::from_str_radix(handle.field("eventfd-count")?, 16)
+        .map_err(|error| HookError::invalid(format!("eventfd-count: {error}")))?;
+    if count == u64::MAX {
+        // eventfd(2): the one count that a write cannot reach; the kernel itself got it there.
+        let remedy = "let the program read the counter before the dump";
+        return Err(HookError::unsupported("eventfd", "its counter has overflowed", remedy));
+    }
+    let semaphore = handle
+        .field("eventfd-semaphore")
+        .map_err(|error| error.remedy("the kernel must tell EFD_SEMAPHORE, which Linux 6.5 and later do"))?;
+    Ok(EventCounter { count, semaphore: semaphore == "1" })
 }
 
 impl Descriptor for Counter {
@@ -34,7 +39,7 @@ impl Descriptor for Counter {
 
     fn describe(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
         // Every eventfd has exactly one open file description, so the handle is the object.
-        let identity = field(handle, "eventfd-id")?;
+        let identity = handle.field("eventfd-id")?;
         Ok(Described {
             identity: identity.into(),
             description: format!("eventfd:[{identity}]").into(),
@@ -43,11 +48,7 @@ impl Descriptor for Counter {
     }
 
     fn dump(&self, _: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<EventCounter>> {
-        let handle = &object.handles[0];
-        let count = u64::from_str_radix(field(handle, "eventfd-count")?, 16)
-            .map_err(|error| HookError::invalid(format!("eventfd-count: {error}")))?;
-        let semaphore = field(handle, "eventfd-semaphore")? == "1";
-        Ok(Dumped::new(EventCounter { count, semaphore }))
+        record(&object.handles[0]).map(Dumped::new)
     }
 
     fn create(&self, _: &Host<'_>, _: &ObjectInfo, record: &EventCounter) -> Result<Vec<OwnedFd>> {
@@ -65,3 +66,51 @@ impl Descriptor for Counter {
 
 register!(descriptor: Counter);
 export_plugin! { name: "eventfd", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stasis_plugin_api::testing::Kit;
+
+    fn handle(fdinfo: &str) -> HandleInfo {
+        HandleInfo { fdinfo: fdinfo.into(), ..HandleInfo::default() }
+    }
+
+    #[test]
+    fn fdinfo_is_hexadecimal_and_padded() {
+        let text = "pos:\t0\neventfd-count:              1a4\neventfd-id: 7\neventfd-semaphore: 1\n";
+        assert_eq!(record(&handle(text)).unwrap(), EventCounter { count: 0x1a4, semaphore: true });
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_refused() {
+        let overflow = "eventfd-count: ffffffffffffffff\neventfd-id: 7\neventfd-semaphore: 0\n";
+        assert!(record(&handle(overflow)).unwrap_err().to_string().contains("overflowed"));
+        let old = "eventfd-count:                1\neventfd-id: 7\n";
+        assert!(record(&handle(old)).unwrap_err().to_string().contains("6.5"));
+    }
+
+    fn round_trip(count: u64, flags: EfdFlags) -> EventFd {
+        let eventfd = EventFd::from_value_and_flags(0, flags | EfdFlags::EFD_NONBLOCK).unwrap();
+        if count > 0 {
+            eventfd.write(count).unwrap();
+        }
+        let mut kit = Kit::new();
+        kit.plugin(Counter);
+        let number = kit.hold(OwnedFd::from(eventfd), Counter::KIND).unwrap();
+        assert_eq!(kit.dump().unwrap(), 1);
+        kit.restore().unwrap();
+        let fd = kit.fd(number).try_clone_to_owned().unwrap();
+        // SAFETY: the descriptor was just restored as an eventfd.
+        unsafe { EventFd::from_owned_fd(fd) }
+    }
+
+    #[test]
+    fn count_and_semaphore_come_back() {
+        assert_eq!(round_trip(u64::MAX - 1, EfdFlags::empty()).read().unwrap(), u64::MAX - 1);
+        assert!(round_trip(0, EfdFlags::empty()).read().is_err());
+        let semaphore = round_trip(2, EfdFlags::EFD_SEMAPHORE);
+        assert_eq!((semaphore.read(), semaphore.read()), (Ok(1), Ok(1)));
+        assert!(semaphore.read().is_err());
+    }
+}
