@@ -92,9 +92,10 @@ impl PageMapFile {
                 ..ScanArguments::default()
             };
             // SAFETY: `vec` and `vec_len` describe `buffer`, which outlives the call.
-            let count = unsafe { ioctl::pagemap_scan(self.file.as_raw_fd(), &mut arguments) }.map_err(|errno| {
-                MemoryError::Task { operation: "scan the page map", pid: self.pid, address: from, errno }
-            })?;
+            let count =
+                unsafe { ioctl::pagemap_scan(self.file.as_raw_fd(), &mut arguments) }.map_err(|errno| {
+                    MemoryError::Task { operation: "scan the page map", pid: self.pid, address: from, errno }
+                })?;
             found.extend_from_slice(&buffer[..count as usize]);
             if arguments.walk_end <= from {
                 break;
