@@ -6,6 +6,7 @@
 //! the task through the guardian and the parasite when there is much of it, from outside otherwise.
 
 pub mod copy;
+pub mod describe;
 pub mod plan;
 pub mod scan;
 pub mod sharing;

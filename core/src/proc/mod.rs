@@ -70,6 +70,17 @@ impl ProcDir {
         Ok(Self { pid, dir })
     }
 
+    /// Opens `/proc/self`.
+    pub fn open_self() -> Result<Self, ProcError> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let dir = nix::fcntl::open("/proc/self", flags, Mode::empty()).map_err(|errno| ProcError::Read {
+            pid: 0,
+            file: "self".into(),
+            errno,
+        })?;
+        Ok(Self { pid: std::process::id() as i32, dir })
+    }
+
     /// The task.
     pub fn pid(&self) -> i32 {
         self.pid

@@ -1,0 +1,174 @@
+//! All descriptor tables of a tree, and which of their entries refer to the same open file description (kcmp(2)).
+
+use crate::proc::{
+    ProcDir, ProcError,
+    descriptor::{self, DescriptorFacts},
+    kcmp::{Resource, SharingSet},
+};
+use std::{
+    collections::HashMap,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+/// An entry of a descriptor table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Descriptor number.
+    pub number: i32,
+    /// Index of the open file description.
+    pub handle: usize,
+    /// Close-on-exec.
+    pub cloexec: bool,
+}
+
+/// An open file description of the tree.
+#[derive(Debug)]
+pub struct Handle {
+    /// What /proc says of it.
+    pub facts: DescriptorFacts,
+    /// Who holds it: (process as stasis sees it, number, close-on-exec).
+    pub holders: Vec<(i32, i32, bool)>,
+    /// For those held by no table (in flight inside another object): our own duplicate.
+    pub in_flight: Option<OwnedFd>,
+}
+
+impl Handle {
+    /// A process and number that refer to it; ourselves if it is in flight.
+    pub fn subject(&self) -> (i32, i32) {
+        match (&self.in_flight, self.holders.first()) {
+            (_, Some(&(pid, number, _))) => (pid, number),
+            (Some(fd), None) => (std::process::id() as i32, fd.as_raw_fd()),
+            (None, None) => (0, -1),
+        }
+    }
+}
+
+/// What two entries must have in common to be the same description; kcmp decides among those.
+/// Not fdinfo: some of it changes from one read to the next.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Resemblance {
+    dev: u64,
+    ino: u64,
+    status_flags: u32,
+    position: u64,
+    link: Vec<u8>,
+}
+
+/// Those that resemble each other: one as a rule, and then nothing is compared.
+#[derive(Debug)]
+enum Alike {
+    One((i32, u64), usize),
+    Many(SharingSet<usize>),
+}
+
+/// All open file descriptions of the tree.
+#[derive(Debug, Default)]
+pub struct Handles {
+    /// In the order they were found.
+    pub all: Vec<Handle>,
+    alike: HashMap<Resemblance, Alike>,
+}
+
+impl Handles {
+    /// Enters the table of a process, read before by [`read_table`].
+    pub fn add_table(&mut self, pid: i32, facts: Vec<DescriptorFacts>) -> Result<Vec<Entry>, ProcError> {
+        let mut entries = Vec::with_capacity(facts.len());
+        for facts in facts {
+            let (number, cloexec) = (facts.number, facts.cloexec);
+            let handle = self.find_or_add(pid, facts)?;
+            self.all[handle].holders.push((pid, number, cloexec));
+            entries.push(Entry { number, handle, cloexec });
+        }
+        Ok(entries)
+    }
+
+    /// Enters a description that is in flight inside another object: the index of it, whether known before or not.
+    pub fn add_in_flight(&mut self, fd: OwnedFd) -> Result<usize, ProcError> {
+        let own = ProcDir::open_self()?;
+        let facts = descriptor::facts(&own, fd.as_raw_fd())?;
+        let known = self.all.len();
+        let handle = self.find_or_add(std::process::id() as i32, facts)?;
+        if handle == known {
+            self.all[handle].in_flight = Some(fd);
+        }
+        Ok(handle)
+    }
+
+    fn find_or_add(&mut self, pid: i32, facts: DescriptorFacts) -> Result<usize, ProcError> {
+        let resemblance = Resemblance {
+            dev: facts.stat.st_dev,
+            ino: facts.stat.st_ino,
+            status_flags: facts.status_flags,
+            position: facts.position,
+            link: facts.link.clone(),
+        };
+        let subject = (pid, facts.number as u64);
+        let next = self.all.len();
+        let found = match self.alike.get_mut(&resemblance) {
+            None => {
+                self.alike.insert(resemblance, Alike::One(subject, next));
+                None
+            }
+            Some(Alike::Many(set)) => set.find_or_insert(subject, next)?,
+            Some(one @ Alike::One(..)) => {
+                let mut set = SharingSet::new(Resource::File);
+                if let Alike::One(first, handle) = *one {
+                    set.find_or_insert(first, handle)?;
+                }
+                let found = set.find_or_insert(subject, next)?;
+                *one = Alike::Many(set);
+                found
+            }
+        };
+        if found.is_none() {
+            self.all.push(Handle { facts, holders: Vec::new(), in_flight: None });
+        }
+        Ok(found.unwrap_or(next))
+    }
+}
+
+/// Below this many descriptors a second thread costs more than it brings.
+const PARALLEL_MINIMUM: usize = 512;
+
+/// Reads everything /proc tells about the descriptors of a process.
+pub fn read_table(proc: &ProcDir) -> Result<Vec<DescriptorFacts>, ProcError> {
+    let numbers = descriptor::numbers(proc)?;
+    let read = |part: &[i32]| part.iter().map(|&n| descriptor::facts(proc, n)).collect::<Result<Vec<_>, _>>();
+    if numbers.len() < PARALLEL_MINIMUM {
+        return read(&numbers);
+    }
+    let (first, second) = numbers.split_at(numbers.len() / 2);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| read(second));
+        let mut facts = read(first)?;
+        // A thread that panicked is reported as if it had read nothing; its panic is on stderr.
+        let failed =
+            |_| ProcError::Format { pid: proc.pid(), file: "fd", what: "a reading thread panicked".into() };
+        facts.extend(other.join().map_err(failed)??);
+        Ok(facts)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn duplicates_share_a_handle_and_strangers_do_not() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let duplicate = reader.try_clone().unwrap();
+        let same_file =
+            [std::fs::File::open("/dev/null").unwrap(), std::fs::File::open("/dev/null").unwrap()];
+        let proc = ProcDir::open_self().unwrap();
+        let mut handles = Handles::default();
+        let entries = handles.add_table(proc.pid(), read_table(&proc).unwrap()).unwrap();
+        let handle = |fd: i32| entries.iter().find(|entry| entry.number == fd).unwrap().handle;
+        assert_eq!(handle(reader.as_raw_fd()), handle(duplicate.as_raw_fd()));
+        assert_ne!(handle(reader.as_raw_fd()), handle(writer.as_raw_fd()));
+        assert_ne!(handle(same_file[0].as_raw_fd()), handle(same_file[1].as_raw_fd()));
+        assert_eq!(handles.all[handle(reader.as_raw_fd())].holders.len(), 2);
+        let known = handles.all.len();
+        let again = handles.add_in_flight(OwnedFd::from(writer.try_clone().unwrap())).unwrap();
+        assert_eq!((again, handles.all.len()), (handle(writer.as_raw_fd()), known));
+    }
+}

@@ -1,0 +1,191 @@
+//! The process tree as it was found: who is whose child, in which namespaces, and who shares what.
+
+mod namespaces;
+mod sharing;
+
+pub use namespaces::{ForeignNamespace, IdTranslation, NamespaceMap};
+pub use sharing::refuse_unsupported_sharing;
+
+use crate::proc::{
+    ProcDir, ProcError,
+    status::{Stat, StatField, Status},
+};
+use std::collections::HashMap;
+
+/// The tree cannot be described, or not be dumped.
+#[derive(Debug, thiserror::Error)]
+pub enum TreeError {
+    /// Reading /proc failed.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+    /// Two tasks share something that is not dumped yet.
+    #[error("tasks {first} ({first_name}) and {second} share their {what}, which is not supported yet")]
+    Shared {
+        /// One task.
+        first: i32,
+        /// Its name.
+        first_name: String,
+        /// The other.
+        second: i32,
+        /// "descriptor table", ...
+        what: &'static str,
+    },
+    /// A thread has of its own what threads usually share.
+    #[error("thread {tid} of task {pid} ({name}) has a {what} of its own, which is not supported yet")]
+    Unshared {
+        /// The process.
+        pid: i32,
+        /// Its name.
+        name: String,
+        /// The thread.
+        tid: i32,
+        /// "descriptor table", ...
+        what: &'static str,
+    },
+    /// A task's session or group is outside the tree.
+    #[error(
+        "task {pid} ({name}) belongs to {what} {id}, whose leader is outside the tree \
+         (use --shell-job to restore it into the session of a shell, or dump the tree from the leader on)"
+    )]
+    LeaderOutside {
+        /// The task.
+        pid: i32,
+        /// Its name.
+        name: String,
+        /// "session" or "process group".
+        what: &'static str,
+        /// Its id.
+        id: i32,
+    },
+}
+
+/// One process as it was found.
+#[derive(Debug)]
+pub struct Process {
+    /// Pid as stasis sees it.
+    pub host_pid: i32,
+    /// Pid in the innermost namespace of the process: the one the image keeps.
+    pub pid: i32,
+    /// Parent, likewise; 0 for the root of the tree.
+    pub ppid: i32,
+    /// Process group, in the innermost namespace.
+    pub pgid: i32,
+    /// Session, in the innermost namespace.
+    pub sid: i32,
+    /// Command name.
+    pub name: String,
+    /// Dead, not yet waited for.
+    pub zombie: bool,
+    /// Signal that stopped the group, or 0.
+    pub group_stop: i32,
+    /// Threads: (tid as stasis sees it, tid in the innermost namespace), leader first.
+    pub threads: Vec<(i32, i32)>,
+    /// `/proc/PID`.
+    pub proc: ProcDir,
+    /// Its status file.
+    pub status: Status,
+    /// Its stat file.
+    pub stat: Stat,
+}
+
+/// A process that the guardian stopped.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// Pid as stasis sees it.
+    pub pid: i32,
+    /// Threads, leader first.
+    pub tids: Vec<i32>,
+    /// Dead, not yet waited for.
+    pub zombie: bool,
+    /// Signal that stopped the group, or 0.
+    pub group_stop: i32,
+}
+
+/// The whole tree, parents before children.
+#[derive(Debug)]
+pub struct Tree {
+    /// All processes, the root first.
+    pub processes: Vec<Process>,
+}
+
+impl Tree {
+    /// Reads the tree from /proc. `found[0]` is its root.
+    pub fn read(found: &[Found]) -> Result<Self, TreeError> {
+        let mut processes = Vec::with_capacity(found.len());
+        for one in found {
+            processes.push(read_process(one)?);
+        }
+        let inner: HashMap<i32, i32> =
+            processes.iter().map(|process| (process.host_pid, process.pid)).collect();
+        for (index, process) in processes.iter_mut().enumerate() {
+            let parent = process.stat.get(StatField::Ppid)? as i32;
+            process.ppid = if index == 0 { 0 } else { inner.get(&parent).copied().unwrap_or(0) };
+        }
+        Ok(Self { processes })
+    }
+
+    /// The root process.
+    pub fn root(&self) -> &Process {
+        &self.processes[0]
+    }
+
+    /// Processes that are not dead.
+    pub fn living(&self) -> impl Iterator<Item = &Process> {
+        self.processes.iter().filter(|process| !process.zombie)
+    }
+
+    /// A process by its pid in the image.
+    pub fn by_pid(&self, pid: i32) -> Option<&Process> {
+        self.processes.iter().find(|process| process.pid == pid)
+    }
+
+    /// Refuses sessions and groups that restore could not rebuild, unless the tree is a shell's job.
+    pub fn check_leaders(&self, shell_job: bool) -> Result<(), TreeError> {
+        if shell_job {
+            return Ok(());
+        }
+        let root = self.root();
+        // The ids of a session that began outside the pid namespace show as 0.
+        let outside = |id: i32| id == 0 || (id != root.pid && (id == root.sid || id == root.pgid));
+        for process in &self.processes {
+            for (what, id) in [("session", process.sid), ("process group", process.pgid)] {
+                if outside(id) && self.by_pid(id).is_none() {
+                    let name = process.name.clone();
+                    return Err(TreeError::LeaderOutside { pid: process.host_pid, name, what, id });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_process(found: &Found) -> Result<Process, TreeError> {
+    let proc = ProcDir::open(found.pid)?;
+    let status = Status::read(&proc)?;
+    let stat = Stat::read(&proc)?;
+    let pid = status.last_number("NSpid")?;
+    let mut threads = vec![(found.pid, pid)];
+    // Without a pid namespace in between, both views agree and a thousand files need not be read.
+    let nested = status.numbers::<i32>("NSpid")?.len() > 1;
+    for &tid in found.tids.iter().filter(|&&tid| tid != found.pid) {
+        let inner = match nested {
+            true => Status::read_file(&proc, &format!("task/{tid}/status"))?.last_number("NSpid")?,
+            false => tid,
+        };
+        threads.push((tid, inner));
+    }
+    Ok(Process {
+        host_pid: found.pid,
+        pid,
+        ppid: 0,
+        pgid: status.last_number("NSpgid")?,
+        sid: status.last_number("NSsid")?,
+        name: status.text("Name")?.to_string(),
+        zombie: found.zombie,
+        group_stop: found.group_stop,
+        threads,
+        proc,
+        status,
+        stat,
+    })
+}
