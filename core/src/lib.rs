@@ -8,3 +8,5 @@ pub mod front;
 pub mod image;
 pub mod memory;
 pub mod proc;
+pub mod task;
+pub mod tree;

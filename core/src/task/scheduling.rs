@@ -1,0 +1,93 @@
+//! Scheduling of a thread, asked from outside (sched(7), ioprio_get(2)).
+
+use super::TaskError;
+use nix::errno::Errno;
+
+/// Largest affinity mask asked for: 8192 CPUs, the most a kernel can be built for.
+const AFFINITY_BYTES: usize = 1024;
+
+/// How a thread is scheduled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scheduling {
+    /// `SCHED_*`, with `SCHED_RESET_ON_FORK` or-ed in.
+    pub policy: u32,
+    /// Real-time priority.
+    pub priority: u32,
+    /// Nice value.
+    pub nice: i32,
+    /// CPU mask, without trailing zero bytes.
+    pub affinity: Vec<u8>,
+    /// ioprio_get(2).
+    pub io_priority: u32,
+}
+
+/// struct sched_attr, first version (sched_getattr(2)).
+#[repr(C)]
+#[derive(Default)]
+struct Attributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// Asks the kernel about thread `tid`.
+pub fn read(tid: i32) -> Result<Scheduling, TaskError> {
+    let failed = |call| move || TaskError::Call { call, tid, errno: Errno::last() };
+    let mut attributes = Attributes::default();
+    // SAFETY: the kernel writes at most the size given, which is that of the struct.
+    let result = unsafe {
+        libc::syscall(libc::SYS_sched_getattr, tid, &mut attributes, size_of::<Attributes>() as u32, 0)
+    };
+    if result < 0 {
+        return Err(failed("sched_getattr")());
+    }
+    const SCHED_DEADLINE: u32 = 6;
+    if attributes.policy == SCHED_DEADLINE {
+        let what = "is scheduled by SCHED_DEADLINE".into();
+        return Err(TaskError::Unsupported { pid: tid, name: String::new(), what });
+    }
+    let mut affinity = vec![0_u8; AFFINITY_BYTES];
+    // SAFETY: the kernel writes at most the size given, which is that of the buffer.
+    let written =
+        unsafe { libc::syscall(libc::SYS_sched_getaffinity, tid, AFFINITY_BYTES, affinity.as_mut_ptr()) };
+    if written < 0 {
+        return Err(failed("sched_getaffinity")());
+    }
+    affinity.truncate(written as usize);
+    affinity.truncate(affinity.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1));
+    const IOPRIO_WHO_PROCESS: i32 = 1;
+    // SAFETY: ioprio_get takes no pointers.
+    let io_priority = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid) };
+    if io_priority < 0 {
+        return Err(failed("ioprio_get")());
+    }
+    const SCHED_FLAG_RESET_ON_FORK: u64 = 1;
+    let reset =
+        if attributes.flags & SCHED_FLAG_RESET_ON_FORK != 0 { libc::SCHED_RESET_ON_FORK as u32 } else { 0 };
+    Ok(Scheduling {
+        policy: attributes.policy | reset,
+        priority: attributes.priority,
+        nice: attributes.nice,
+        affinity,
+        io_priority: io_priority as u32,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_our_own_scheduling() {
+        // SAFETY: gettid and getpriority take no pointers.
+        let (tid, nice) = unsafe { (libc::gettid(), libc::getpriority(libc::PRIO_PROCESS, 0)) };
+        let scheduling = read(tid).unwrap();
+        assert_eq!((scheduling.policy, scheduling.nice), (libc::SCHED_OTHER as u32, nice));
+        assert!(scheduling.affinity.iter().any(|&byte| byte != 0));
+    }
+}
