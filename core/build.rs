@@ -1,5 +1,7 @@
 //! Compiles the image's records; builds and flattens the blobs that run inside tasks.
 
+#[path = "build/blob.rs"]
+mod blob;
 #[path = "build/records.rs"]
 mod records;
 
@@ -7,4 +9,5 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
     records::compile("proto/image.proto");
+    blob::build("parasite");
 }

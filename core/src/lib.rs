@@ -6,6 +6,7 @@
 pub mod files;
 pub mod front;
 pub mod image;
+pub mod inject;
 pub mod memory;
 pub mod proc;
 pub mod task;

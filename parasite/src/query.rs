@@ -1,0 +1,97 @@
+//! What only a process or a thread itself can be asked.
+use crate::protocol::{ProcessQuery, ThreadQuery, Timers};
+use crate::sys::{self, prctl, prctl_int, syscall};
+
+/// Fills the answer for the process.
+pub fn process(query: &mut ProcessQuery) -> i64 {
+    let mut signal = 1;
+    while signal <= 64 {
+        let action = &raw mut query.actions[signal - 1] as u64;
+        // SAFETY: a null new action reads the old one, 32 bytes, into the answer.
+        let result = unsafe { syscall(sys::RT_SIGACTION, [signal as u64, 0, action, 8, 0, 0]) };
+        if result < 0 {
+            return result;
+        }
+        signal += 1;
+    }
+    let mut which = 0;
+    while which < 3 {
+        let timer = &raw mut query.timers[which] as u64;
+        // SAFETY: the kernel writes one struct itimerval.
+        let result = unsafe { syscall(sys::GETITIMER, [which as u64, timer, 0, 0, 0, 0]) };
+        if result < 0 {
+            return result;
+        }
+        which += 1;
+    }
+    // SAFETY: brk(0) changes nothing.
+    query.brk = unsafe { syscall(sys::BRK, [0; 6]) } as u64;
+    query.dumpable = prctl(3, 0);
+    query.child_subreaper = prctl_int(37);
+    query.thp_disable = prctl(42, 0);
+    query.mdwe = prctl(66, 0);
+    query.memory_merge = prctl(68, 0);
+    0
+}
+
+/// struct stack_t (sigaltstack(2)).
+#[repr(C)]
+struct AlternateStack {
+    pointer: u64,
+    flags: i32,
+    size: u64,
+}
+
+/// Fills the answer for the calling thread.
+pub fn thread(query: &mut ThreadQuery) -> i64 {
+    let mut stack = AlternateStack { pointer: 0, flags: 0, size: 0 };
+    // SAFETY: a null new stack reads the old one.
+    let result = unsafe { syscall(sys::SIGALTSTACK, [0, &raw mut stack as u64, 0, 0, 0, 0]) };
+    query.stack_pointer = stack.pointer;
+    query.stack_flags = i64::from(stack.flags);
+    query.stack_size = stack.size;
+    let mut address = 0u64;
+    // SAFETY: PR_GET_TID_ADDRESS writes one pointer.
+    if unsafe { syscall(sys::PRCTL, [40, &raw mut address as u64, 0, 0, 0, 0]) } == 0 {
+        query.clear_child_tid = address;
+    }
+    query.parent_death_signal = prctl_int(2);
+    query.timer_slack = prctl(30, 0);
+    query.securebits = prctl(27, 0);
+    query.keep_capabilities = prctl(7, 0);
+    query.no_new_privileges = prctl(39, 0);
+    query.tsc = prctl_int(25);
+    // SAFETY: ARCH_GET_CPUID takes no argument.
+    query.cpuid = unsafe { syscall(sys::ARCH_PRCTL, [0x1011, 0, 0, 0, 0, 0]) };
+    query.machine_check_policy = prctl(34, 0);
+    query.io_flusher = prctl(58, 0);
+    let mut which = 0;
+    while which < 3 {
+        query.speculation[which] = prctl(52, which as u64);
+        which += 1;
+    }
+    let mut mode = 0i32;
+    let nodes = &raw mut query.memory_nodes as u64;
+    // SAFETY: the kernel writes one int and at most 1024 bits.
+    let policy = unsafe { syscall(sys::GET_MEMPOLICY, [&raw mut mode as u64, nodes, 1024, 0, 0, 0]) };
+    query.memory_policy = if policy == 0 { i64::from(mode) } else { policy };
+    result
+}
+
+/// Fills in the POSIX timers asked for.
+pub fn timers(query: &mut Timers) -> i64 {
+    let mut i = 0;
+    while i < query.count as usize && i < query.timers.len() {
+        let timer = &mut query.timers[i];
+        let mut value = [0i64; 4];
+        // SAFETY: struct itimerspec is four words: interval, then value.
+        timer.result =
+            unsafe { syscall(sys::TIMER_GETTIME, [timer.id as u64, &raw mut value as u64, 0, 0, 0, 0]) };
+        timer.interval = [value[0], value[1]];
+        timer.value = [value[2], value[3]];
+        // SAFETY: takes a number only.
+        timer.overrun = unsafe { syscall(sys::TIMER_GETOVERRUN, [timer.id as u64, 0, 0, 0, 0, 0]) };
+        i += 1;
+    }
+    0
+}
