@@ -28,14 +28,20 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-    sync::atomic::{AtomicI32, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
 };
 
 pub use host::FakeHost;
 
-/// Numbers for held descriptors: far above what the kernel gives out unasked, so that tests running in parallel threads
-/// never get the number of a descriptor that a kit has closed for a while.
+/// Numbers for held descriptors: far above what the kernel gives out unasked, so that tests without a kit, which run in
+/// parallel threads, never get the number of a descriptor that a kit has closed for a while.
 static NEXT_NUMBER: AtomicI32 = AtomicI32::new(600);
+
+/// Hooks may choose numbers, too: one kit at a time.
+static TURN: Mutex<()> = Mutex::new(());
 
 /// Status flags that core restores with `F_SETFL` (fcntl(2)).
 const SETTABLE: i32 = libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
@@ -46,14 +52,24 @@ struct Object {
     dumped: Dumped<Bytes>,
 }
 
-/// See the [module](self).
-#[derive(Default)]
+/// See the [module](self). There is one at a time: making another waits until the first is dropped, so a test has one.
 pub struct Kit {
     /// The host that hooks get; options are set here, warnings and blobs are found here.
     pub host: FakeHost,
     plugins: BTreeMap<&'static str, DescriptorBox>,
     kinds: BTreeMap<u32, &'static str>,
     objects: Vec<Object>,
+    /// The last field, hence given up last.
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Default for Kit {
+    fn default() -> Self {
+        // A test that panicked with a kit has dropped it: nothing is left in disorder.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let (plugins, kinds) = (BTreeMap::new(), BTreeMap::new());
+        Self { host: FakeHost::default(), plugins, kinds, objects: Vec::new(), _turn: turn }
+    }
 }
 
 impl Kit {

@@ -131,10 +131,11 @@ fn closed_ends_stay_closed() {
     let (mut kit, read, write) = kit(kernel::pipe().unwrap());
     put(kit.fd(write), b"rest").unwrap();
     kit.close(write);
+    let rest = kit.fd(read).try_clone_to_owned().unwrap();
+    drop(kit);
     let mut alone = Kit::new();
     alone.plugin(Pipes);
-    let read = alone.hold(kit.fd(read).try_clone_to_owned().unwrap(), Pipes::KIND).unwrap();
-    drop(kit);
+    let read = alone.hold(rest, Pipes::KIND).unwrap();
     journey(&mut alone);
     assert_eq!(get(alone.fd(read), 100).unwrap(), b"rest");
     assert_eq!(get(alone.fd(read), 100).unwrap(), b"", "end of file");
