@@ -10,4 +10,5 @@ fn main() {
     println!("cargo::rerun-if-changed=build");
     records::compile("proto/image.proto");
     blob::build("parasite");
+    blob::build("restorer");
 }

@@ -9,5 +9,6 @@ pub mod image;
 pub mod inject;
 pub mod memory;
 pub mod proc;
+pub mod restore;
 pub mod task;
 pub mod tree;

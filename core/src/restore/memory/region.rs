@@ -1,0 +1,187 @@
+//! Regions: what one mmap(2) makes.
+
+use super::{MemoryError, PAGE};
+use crate::image::records::{MemoryMap, Vma, VmaAdvice, VmaKind};
+use std::ops::Range;
+
+/// A mapping without access and without contents gets a region of its own from this size on: joined to others it would
+/// count against the commit limit, and it is often a reservation larger than the machine's memory.
+const LARGE_RESERVATION: u64 = 64 << 20;
+
+/// What a region maps. Equal for mappings that may be one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Backing {
+    /// Private anonymous memory.
+    Anonymous {
+        /// MAP_GROWSDOWN.
+        grows_down: bool,
+        /// MAP_NORESERVE.
+        no_reserve: bool,
+    },
+    /// A private mapping of a file: `base` is the address at which the file would begin.
+    PrivateFile {
+        /// Id of the MappedFile.
+        file: u32,
+        /// Address of offset 0.
+        base: i64,
+    },
+    /// A shared mapping of a file.
+    SharedFile {
+        /// Id of the MappedFile.
+        file: u32,
+        /// Offset of the region.
+        offset: u64,
+    },
+    /// Part of a shared anonymous segment.
+    Segment {
+        /// Id of the SharedSegment.
+        segment: u32,
+        /// Offset of the region.
+        offset: u64,
+    },
+    /// A mapping that a plugin makes.
+    Plugin,
+}
+
+impl Backing {
+    /// Whether its pages can be shared after fork, and so may come from an ancestor.
+    pub fn is_private(self) -> bool {
+        matches!(self, Self::Anonymous { .. } | Self::PrivateFile { .. })
+    }
+}
+
+/// A run of mappings that one mmap(2) makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Region {
+    /// Home addresses.
+    pub home: Range<u64>,
+    /// What it maps.
+    pub backing: Backing,
+    /// Transparent huge pages: madvise(2) said yes or no, or nothing.
+    pub huge: Option<bool>,
+    /// Whether the image has pages for it, so that it must be prepared in an arena.
+    pub contents: bool,
+    /// Its mappings, indexes into the memory map.
+    pub vmas: Range<usize>,
+    /// Protection it is made with.
+    pub prot: u32,
+}
+
+/// Whether `vma` has an advice.
+pub fn has(vma: &Vma, advice: VmaAdvice) -> bool {
+    vma.advice & advice as u32 != 0
+}
+
+fn backing(vma: &Vma) -> Option<Backing> {
+    Some(match vma.kind() {
+        VmaKind::PrivateAnonymous => {
+            Backing::Anonymous { grows_down: vma.grows_down, no_reserve: has(vma, VmaAdvice::Noreserve) }
+        }
+        VmaKind::PrivateFile => {
+            Backing::PrivateFile { file: vma.file, base: vma.start.wrapping_sub(vma.offset) as i64 }
+        }
+        VmaKind::SharedFile => Backing::SharedFile { file: vma.file, offset: vma.offset },
+        VmaKind::SharedAnonymous => Backing::Segment { segment: vma.file, offset: vma.offset },
+        VmaKind::Plugin => Backing::Plugin,
+        // The restorer asks the kernel for these.
+        VmaKind::Vdso | VmaKind::Vvar | VmaKind::Vsyscall => return None,
+    })
+}
+
+fn huge(vma: &Vma) -> Option<bool> {
+    match (has(vma, VmaAdvice::Hugepage), has(vma, VmaAdvice::Nohugepage)) {
+        (true, _) => Some(true),
+        (_, true) => Some(false),
+        _ => None,
+    }
+}
+
+/// The regions of a memory map. `pages` are its ranges with contents, sorted and disjoint.
+pub fn regions(map: &MemoryMap, pages: &[Range<u64>]) -> Result<Vec<Region>, MemoryError> {
+    let mut regions: Vec<Region> = Vec::new();
+    let mut last_end = 0;
+    let mut reserve_before = false;
+    for (index, vma) in map.vmas.iter().enumerate() {
+        let Some(backing) = backing(vma) else { continue };
+        let damaged = |what| MemoryError::Damaged { map: map.id, what, address: vma.start };
+        if vma.start >= vma.end || vma.end > 1 << 47 || (vma.start | vma.end | vma.offset) % PAGE != 0 {
+            return Err(damaged("the bounds of the mapping"));
+        }
+        if vma.start < last_end {
+            return Err(damaged("mappings overlap"));
+        }
+        last_end = vma.end;
+        let first = pages.partition_point(|page| page.end <= vma.start);
+        let contents = pages.get(first).is_some_and(|page| page.start < vma.end);
+        let anonymous = matches!(backing, Backing::Anonymous { grows_down: false, .. });
+        let reserve = vma.prot == 0 && !contents && vma.end - vma.start >= LARGE_RESERVATION;
+        let huge = huge(vma);
+        match regions.last_mut() {
+            Some(last)
+                if anonymous
+                    && last.backing == backing
+                    && last.home.end == vma.start
+                    && last.huge == huge
+                    && !reserve
+                    && !reserve_before =>
+            {
+                last.home.end = vma.end;
+                last.vmas.end = index + 1;
+                last.contents |= contents;
+                if last.contents || last.prot != vma.prot {
+                    last.prot = (libc::PROT_READ | libc::PROT_WRITE) as u32;
+                }
+            }
+            _ => regions.push(Region {
+                home: vma.start..vma.end,
+                backing,
+                huge,
+                contents,
+                vmas: index..index + 1,
+                prot: if contents && backing.is_private() {
+                    (libc::PROT_READ | libc::PROT_WRITE) as u32
+                } else {
+                    vma.prot
+                },
+            }),
+        }
+        reserve_before = reserve;
+    }
+    Ok(regions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vma(start: u64, end: u64, prot: u32) -> Vma {
+        Vma { start, end, prot, ..Vma::default() }
+    }
+
+    #[test]
+    fn neighbours_make_one_region_and_a_stack_none() {
+        let map = MemoryMap {
+            id: 1,
+            vmas: vec![
+                vma(0x1000, 0x2000, 3),
+                vma(0x2000, 0x3000, 1),
+                vma(0x4000, 0x5000, 0),
+                Vma { grows_down: true, ..vma(0x5000, 0x6000, 3) },
+            ],
+            ..MemoryMap::default()
+        };
+        let regions = regions(&map, &[0x4000..0x5000]).unwrap();
+        let homes: Vec<_> = regions.iter().map(|region| (region.home.clone(), region.contents)).collect();
+        assert_eq!(homes, [(0x1000..0x3000, false), (0x4000..0x5000, true), (0x5000..0x6000, false)]);
+    }
+
+    #[test]
+    fn overlapping_mappings_are_refused() {
+        let map = MemoryMap {
+            id: 1,
+            vmas: vec![vma(0x1000, 0x3000, 3), vma(0x2000, 0x4000, 3)],
+            ..MemoryMap::default()
+        };
+        assert!(matches!(regions(&map, &[]), Err(MemoryError::Damaged { .. })));
+    }
+}

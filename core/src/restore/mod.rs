@@ -1,0 +1,4 @@
+//! Restoring process trees from images.
+
+pub mod blob;
+pub mod memory;

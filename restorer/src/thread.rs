@@ -1,0 +1,176 @@
+//! Making threads, and what each thread sets for itself.
+
+use crate::proto::{Arguments, Step, Thread};
+use crate::sys::{Failure, Outcome, call, nr, step};
+use crate::{arrive, credentials as ids, fail, process};
+use core::arch::naked_asm;
+use core::sync::atomic::Ordering;
+
+const CLONE_VM: u64 = 0x100;
+const CLONE_FS: u64 = 0x200;
+const CLONE_FILES: u64 = 0x400;
+const CLONE_SIGHAND: u64 = 0x800;
+const CLONE_THREAD: u64 = 0x1_0000;
+const CLONE_SYSVSEM: u64 = 0x4_0000;
+const FLAGS: u64 = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+
+const PR_SET_PDEATHSIG: u64 = 1;
+const PR_SET_NAME: u64 = 15;
+const PR_SET_SECCOMP: u64 = 22;
+const PR_SET_TIMERSLACK: u64 = 29;
+const IOPRIO_WHO_PROCESS: u64 = 1;
+const SS_ONSTACK: u64 = 1;
+const SECCOMP_MODE_STRICT: u32 = 1;
+const FUTEX_WAKE: u64 = 1;
+/// Real-time and deadline policies have no timer slack, those below have no priority.
+const SCHED_RESET_ON_FORK: u32 = 0x4000_0000;
+
+/// `struct clone_args` up to `cgroup`.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Makes the thread `index` of the table (clone3(2) with `set_tid`).
+pub fn make(arguments: &'static Arguments, index: usize) -> Outcome {
+    let threads = arguments.threads.entries();
+    let Some(thread) = threads.get(index) else { return Ok(()) };
+    let clone = CloneArguments {
+        flags: FLAGS,
+        stack: arguments.stacks + (index as u64 - 1) * arguments.stack_size,
+        stack_size: arguments.stack_size,
+        set_tid: &raw const thread.tid as u64,
+        set_tid_size: 1,
+        ..CloneArguments::default()
+    };
+    // SAFETY: the new thread runs `run` on a stack of its own, and never returns from there.
+    let result = unsafe { clone3(&clone, size_of::<CloneArguments>(), arguments, thread) };
+    if result < 0 {
+        return Err(Failure {
+            step: Step::Clone,
+            errno: result.unsigned_abs() as u32,
+            index: thread.tid as usize,
+        });
+    }
+    Ok(())
+}
+
+/// clone3(2) whose child calls [`run`] with the last two arguments, which it keeps in registers.
+#[unsafe(naked)]
+unsafe extern "C" fn clone3(_: &CloneArguments, _: usize, _: &'static Arguments, _: &'static Thread) -> i64 {
+    naked_asm!(
+        "mov r8, rcx",
+        "mov eax, 435",
+        "syscall",
+        "test rax, rax",
+        "jz 2f",
+        "ret",
+        "2:",
+        "xor ebp, ebp",
+        "mov rdi, rdx",
+        "mov rsi, r8",
+        "call {run}",
+        "ud2",
+        run = sym run,
+    )
+}
+
+extern "C" fn run(arguments: &'static Arguments, thread: &'static Thread) -> ! {
+    if let Err(failure) = attributes(arguments, thread).and_then(|()| credentials(thread)) {
+        fail(arguments, thread.tid, &failure);
+    }
+    arguments.ready.fetch_add(1, Ordering::Release);
+    if arguments.ready.load(Ordering::Acquire) as usize + 1 == arguments.threads.len as usize {
+        // SAFETY: wakes the leader; touches no memory.
+        unsafe { call(nr::FUTEX, [&raw const arguments.ready as u64, FUTEX_WAKE, 1]) };
+    }
+    arrive()
+}
+
+/// All of a thread but its credentials and what follows from them.
+pub fn attributes(arguments: &Arguments, thread: &Thread) -> Outcome {
+    // SAFETY: the kernel reads 16 bytes of the name; the other calls get addresses of the task, which the kernel only
+    // keeps, or writes to as it would have in the task's own name.
+    unsafe {
+        step(Step::ThreadName, 0, nr::PRCTL, [PR_SET_NAME, thread.name.as_ptr() as u64])?;
+        call(nr::SET_TID_ADDRESS, [thread.clear_child_tid]);
+        if thread.robust_list_len != 0 {
+            step(Step::RobustList, 0, nr::SET_ROBUST_LIST, [thread.robust_list, thread.robust_list_len])?;
+        }
+        if thread.rseq != 0 {
+            let place = [thread.rseq, thread.rseq_size.into(), 0, thread.rseq_signature.into()];
+            step(Step::Rseq, 0, nr::RSEQ, place)?;
+        }
+        let stack = [thread.altstack_base, thread.altstack_flags & !SS_ONSTACK, thread.altstack_size];
+        step(Step::AltStack, 0, nr::SIGALTSTACK, [stack.as_ptr() as u64, 0])?;
+    }
+    scheduling(thread)?;
+    for (index, info) in thread.pending.entries().iter().enumerate() {
+        let place = [arguments.pid as u64, thread.tid as u64, info[0] & 0x7f, &raw const *info as u64];
+        // SAFETY: the kernel reads one siginfo_t.
+        unsafe { step(Step::Pending, index, nr::RT_TGSIGQUEUEINFO, place)? };
+    }
+    process::filters(thread.filters)
+}
+
+/// Only what differs is set: most need a privilege that leaving them as they are does not.
+fn scheduling(thread: &Thread) -> Outcome {
+    // SAFETY: calls on this thread (0), which read the priority or the mask.
+    unsafe {
+        let policy = call(nr::SCHED_GETSCHEDULER, [0]);
+        if policy != i64::from(thread.policy) || thread.priority != 0 {
+            let priority = &raw const thread.priority as u64;
+            step(Step::Scheduling, 0, nr::SCHED_SETSCHEDULER, [0, thread.policy.into(), priority])?;
+        }
+        // The system call gives 20 - nice.
+        if call(nr::GETPRIORITY, [0, 0]) != i64::from(20 - thread.nice) {
+            step(Step::Nice, 0, nr::SETPRIORITY, [0, 0, thread.nice as u64])?;
+        }
+        let mask = thread.affinity.entries();
+        let mut now = [0_u8; 1024];
+        let got = call(nr::SCHED_GETAFFINITY, [0, now.len() as u64, now.as_mut_ptr() as u64]);
+        let same = usize::try_from(got).ok().and_then(|len| now.get(..len)).is_some_and(|now| {
+            let common = now.len().min(mask.len());
+            now[..common] == mask[..common]
+                && now[common..].iter().chain(&mask[common..]).all(|&byte| byte == 0)
+        });
+        if !mask.is_empty() && !same {
+            let place = [0, mask.len() as u64, mask.as_ptr() as u64];
+            step(Step::Affinity, 0, nr::SCHED_SETAFFINITY, place)?;
+        }
+        if thread.io_priority != 0 {
+            let place = [IOPRIO_WHO_PROCESS, 0, thread.io_priority.into()];
+            step(Step::IoPriority, 0, nr::IOPRIO_SET, place)?;
+        }
+        let real_time = matches!(thread.policy & !SCHED_RESET_ON_FORK, 1 | 2 | 6);
+        if thread.timer_slack != 0 && !real_time {
+            step(Step::TimerSlack, 0, nr::PRCTL, [PR_SET_TIMERSLACK, thread.timer_slack])?;
+        }
+    }
+    Ok(())
+}
+
+/// Credentials, and what a change of them resets.
+pub fn credentials(thread: &Thread) -> Outcome {
+    ids::set(&thread.credentials)?;
+    // SAFETY: no memory is involved.
+    unsafe {
+        // commit_creds clears it (kernel/cred.c).
+        step(Step::ParentDeath, 0, nr::PRCTL, [PR_SET_PDEATHSIG, thread.parent_death_signal.into()])?;
+        if thread.credentials.seccomp_mode == SECCOMP_MODE_STRICT {
+            step(Step::Seccomp, 0, nr::PRCTL, [PR_SET_SECCOMP, SECCOMP_MODE_STRICT.into()])?;
+        }
+    }
+    Ok(())
+}
