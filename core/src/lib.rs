@@ -8,6 +8,7 @@ pub mod front;
 pub mod image;
 pub mod inject;
 pub mod memory;
+pub mod plugins;
 pub mod proc;
 pub mod restore;
 pub mod task;

@@ -225,7 +225,7 @@ fn check_tree(image: &Image) -> Check {
         return Err(Fault::Roots { roots, named });
     }
     let pids: BTreeSet<i32> = image.tasks.iter().map(|task| task.pid).collect();
-    for task in image.tasks.iter().filter(|task| task.ppid != 0 && !pids.contains(&task.ppid)) {
+    if let Some(task) = image.tasks.iter().find(|task| task.ppid != 0 && !pids.contains(&task.ppid)) {
         return Err(Fault::Missing { place: Place::task(task.pid), missing: Place::task(task.ppid) });
     }
     let mut reached = BTreeSet::from([named]);
