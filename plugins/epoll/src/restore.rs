@@ -6,7 +6,7 @@ use crate::{
 };
 use stasis_plugin_api::{HookError, Host, ObjectInfo, Result};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry::Vacant},
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
@@ -72,8 +72,8 @@ fn add(host: &Host<'_>, epoll: &OwnedFd, entries: &[&Entry], more: u32) -> Resul
     // Ours must be out of the way of all numbers that are going to be used.
     let free = foreign.iter().map(|entry| entry.number).max().unwrap_or(0).saturating_add(1);
     for entry in &foreign {
-        if !targets.contains_key(&entry.handle) {
-            targets.insert(entry.handle, above(host.open_handle(entry.handle)?, free)?);
+        if let Vacant(place) = targets.entry(entry.handle) {
+            place.insert(above(host.open_handle(entry.handle)?, free)?);
         }
     }
     let epoll =

@@ -182,3 +182,29 @@ fn a_target_that_nobody_in_the_tree_has_is_refused() {
     assert!(error.contains("no task of the tree"), "{error}");
     drop(outside);
 }
+
+#[test]
+fn a_signalfd_added_from_the_scratch_table_still_wakes() {
+    let mut scene = Scene::new();
+    // SAFETY: sigset_t is filled by sigemptyset; the mask is this thread's alone.
+    let signals = unsafe {
+        let mut mask: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut mask);
+        libc::sigaddset(&raw mut mask, libc::SIGUSR2);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const mask, std::ptr::null_mut());
+        <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(libc::signalfd(
+            -1,
+            &raw const mask,
+            libc::SFD_CLOEXEC,
+        ))
+    };
+    let number = scene.kit.keep(signals).unwrap();
+    let copy = scene.kit.dup(number).unwrap();
+    scene.add(copy, IN, 4);
+    scene.kit.close(copy);
+    scene.journey();
+    assert!(scene.ready().is_empty());
+    // SAFETY: a signal that this thread blocks.
+    unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR2) };
+    assert_eq!(scene.ready(), [(4, IN)]);
+}

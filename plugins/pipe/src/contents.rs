@@ -75,12 +75,14 @@ fn move_all(from: &Ends, to: BorrowedFd<'_>, length: usize) -> io::Result<()> {
 /// Puts contents into an empty pipe that is not blocking and has room.
 pub fn fill(to: BorrowedFd<'_>, buffers: &[Buffer], source: &mut impl Read) -> io::Result<()> {
     let helper = kernel::pipe()?;
-    let mut data = Vec::new();
+    let mut page = [0; PAGE];
     for (index, buffer) in buffers.iter().enumerate() {
-        data.resize(buffer.length, 0);
-        source.read_exact(&mut data)?;
-        for piece in data.chunks(PAGE) {
-            let last = index + 1 == buffers.len();
+        let last = index + 1 == buffers.len();
+        let mut left = buffer.length;
+        while left > 0 {
+            let piece = &mut page[..left.min(PAGE)];
+            source.read_exact(piece)?;
+            left -= piece.len();
             if !buffer.packet && (piece.len() == PAGE || last) {
                 write_all(to, piece)?;
                 continue;
