@@ -1,0 +1,386 @@
+//! One workload, taken through dump and restore in one flavour and one variant.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::launch::Flavour;
+use crate::snapshot::{Snapshot, children};
+use crate::tool::{self, Tool, ToolError};
+
+/// What is done with the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// No dump at all: the check must pass.
+    Straight,
+    /// No dump, but the state is spoilt: the check must fail.
+    Sabotage,
+    /// Dump, restore, check.
+    Kill,
+    /// Dump and leave running, check; kill; restore, check.
+    Running,
+    /// As `Running`, without the copy-on-write snapshot.
+    NoCow,
+    /// Dump and restore three times, then check.
+    Rounds,
+}
+
+impl Variant {
+    /// All of them.
+    pub const ALL: [Variant; 6] = [
+        Variant::Straight,
+        Variant::Sabotage,
+        Variant::Kill,
+        Variant::Running,
+        Variant::NoCow,
+        Variant::Rounds,
+    ];
+
+    /// Its name in tests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Variant::Straight => "straight",
+            Variant::Sabotage => "sabotage",
+            Variant::Kill => "kill",
+            Variant::Running => "running",
+            Variant::NoCow => "nocow",
+            Variant::Rounds => "rounds",
+        }
+    }
+}
+
+/// Why a scenario failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// A call of the tool.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    /// The harness itself.
+    #[error("{what}: {source}")]
+    Harness {
+        /// The operation.
+        what: &'static str,
+        /// The errno.
+        source: io::Error,
+    },
+    /// The workload did not get as far as it should.
+    #[error("waited {0:?} in vain for {1}; it said: {2}")]
+    Late(Duration, &'static str, String),
+    /// The workload's own verdict.
+    #[error("after {0}: {1}")]
+    Changed(&'static str, String),
+    /// `/proc` shows a difference.
+    #[error("/proc differs after {0} in {n} places:\n    {list}", n = .1.len(), list = .1.iter().take(25).cloned().collect::<Vec<_>>().join("\n    "))]
+    Differs(&'static str, Vec<String>),
+    /// Tasks of the tree are still there after the dump.
+    #[error("still there after the dump: pids {0:?}")]
+    NotGone(Vec<i32>),
+    /// The workload cannot run here.
+    #[error("{0}")]
+    Skipped(String),
+    /// The check passed although the state was spoilt.
+    #[error("the check passed although the state had been spoilt")]
+    Blind,
+}
+
+/// `map_err` for the harness' own calls.
+pub trait Doing<T> {
+    /// Names the operation.
+    fn doing(self, what: &'static str) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
+    fn doing(self, what: &'static str) -> Result<T, Failure> {
+        self.map_err(|source| Failure::Harness { what, source: source.into() })
+    }
+}
+
+/// A started tree and the directory it belongs to.
+#[derive(Debug)]
+pub struct Stage {
+    /// The scenario's directory.
+    pub dir: PathBuf,
+    /// How long each step may take.
+    pub patience: Duration,
+    /// The root task, in the harness' pid namespace.
+    pub root: i32,
+    /// Whether pids that run now stay the same (no fork storms and the like).
+    pub steady: bool,
+}
+
+/// The directory of all scenarios; it holds a copy of the workload binary too.
+pub fn base_dir() -> PathBuf {
+    std::env::var_os("STASIS_TEST_DIR")
+        .map_or_else(|| std::env::temp_dir().join("stasis-tests"), PathBuf::from)
+}
+
+/// The workload binary, copied to where a task of any user can reach it.
+pub fn workload_binary() -> io::Result<PathBuf> {
+    let from = tool::target_dir()?.join("stasis-workload");
+    let to = base_dir().join("bin/stasis-workload");
+    let fresh = match (fs::metadata(&from), fs::metadata(&to)) {
+        (Ok(from), Ok(to)) => from.len() == to.len() && from.modified()? <= to.modified()?,
+        (Err(error), _) => return Err(error),
+        _ => false,
+    };
+    if !fresh {
+        fs::create_dir_all(base_dir().join("bin"))?;
+        let temporary = base_dir().join(format!(
+            "bin/.new.{:?}",
+            fs::metadata("/proc/self/ns/pid").map(|m| std::os::unix::fs::MetadataExt::ino(&m)).unwrap_or(0)
+        ));
+        fs::copy(&from, &temporary)?;
+        fs::rename(temporary, &to)?;
+    }
+    Ok(to)
+}
+
+impl Stage {
+    /// Starts a workload and waits until it is ready.
+    pub fn start(test: &str, workload: &str, flavour: Flavour, patience: Duration) -> Result<Stage, Failure> {
+        let binary = workload_binary().doing("copying the workload binary")?;
+        let dir = Stage::fresh_dir(test)?;
+        let dir_text = dir.to_string_lossy().into_owned();
+        let binary_text = binary.to_string_lossy().into_owned();
+        Stage::start_command(&dir, flavour, &[&binary_text, workload, &dir_text], patience)
+    }
+
+    /// An empty directory for a test.
+    pub fn fresh_dir(test: &str) -> Result<PathBuf, Failure> {
+        let dir = base_dir().join(test.replace("::", "."));
+        if dir.exists() {
+            fs::remove_dir_all(&dir).doing("removing the directory of an earlier run")?;
+        }
+        fs::create_dir_all(dir.join("work")).doing("making the scenario's directory")?;
+        Ok(dir)
+    }
+
+    /// Starts any command as the root of a tree and waits for the file `ready`.
+    pub fn start_command(
+        dir: &Path,
+        flavour: Flavour,
+        argv: &[&str],
+        patience: Duration,
+    ) -> Result<Stage, Failure> {
+        let binary = workload_binary().doing("copying the workload binary")?;
+        let output = fs::File::create(dir.join("launch.out")).doing("making launch.out")?;
+        let errors = output.try_clone().doing("making launch.out")?;
+        // The launcher reaps the root task; our init reaps the launcher.
+        let launcher = Command::new(binary)
+            .args(["launch", flavour.name()])
+            .arg(dir)
+            .args(argv)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            .spawn()
+            .doing("starting the launcher")?;
+        drop(launcher);
+        let mut stage = Stage { dir: dir.to_owned(), patience, root: 0, steady: true };
+        stage.wait_for("pid", "the launcher")?;
+        stage.root = stage.read("pid").trim().parse().unwrap_or(0);
+        stage.wait_for("ready", "the workload to get ready")?;
+        Ok(stage)
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.join(name)).unwrap_or_default()
+    }
+
+    fn wait_for(&self, name: &str, what: &'static str) -> Result<(), Failure> {
+        let (file, result, began) = (self.dir.join(name), self.dir.join("result"), Instant::now());
+        while !file.exists() {
+            let said = self.read("result");
+            if let Some(why) = said.strip_prefix("SKIP: ") {
+                return Err(Failure::Skipped(why.trim().to_owned()));
+            }
+            if began.elapsed() > self.patience || (name != "result" && result.exists()) {
+                let said = format!("{}{}{}", said, self.read("launch.out"), self.read("work/.out"));
+                return Err(Failure::Late(began.elapsed(), what, said));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Asks the workload for its verdict.
+    pub fn check(&self, after: &'static str) -> Result<(), Failure> {
+        match self.verdict("check")?.trim() {
+            "PASS" => Ok(()),
+            said => Err(Failure::Changed(after, said.to_owned())),
+        }
+    }
+
+    /// Writes the request and returns the workload's answer.
+    pub fn verdict(&self, request: &str) -> Result<String, Failure> {
+        fs::write(self.dir.join("check-request.new"), request).doing("writing the check request")?;
+        fs::rename(self.dir.join("check-request.new"), self.dir.join("check-request"))
+            .doing("writing the check request")?;
+        self.wait_for("result", "the workload's verdict")?;
+        Ok(self.read("result"))
+    }
+
+    /// Takes back a request and its answer, so that a restored copy can be asked again.
+    pub fn reset(&self) {
+        for name in ["check-request", "result"] {
+            let _ = fs::remove_file(self.dir.join(name));
+        }
+    }
+
+    /// What `/proc` shows now; empty when the tree is not one that holds still.
+    pub fn look(&self) -> Result<Snapshot, Failure> {
+        if self.steady {
+            Snapshot::take(self.root).doing("looking at /proc")
+        } else {
+            Ok(Snapshot::default())
+        }
+    }
+
+    /// Compares `/proc` with an earlier sight.
+    pub fn compare(&self, before: &Snapshot, after: &'static str) -> Result<(), Failure> {
+        let mut differences = before.differences(&self.look()?);
+        // A freshly restored task may take a moment to fall asleep where it slept before.
+        for _ in 0..20 {
+            if differences.is_empty() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+            differences = before.differences(&self.look()?);
+        }
+        Err(Failure::Differs(after, differences))
+    }
+
+    /// Kills the whole tree and waits until it is reaped.
+    pub fn kill_tree(&self) -> Result<(), Failure> {
+        let mut pids = Vec::new();
+        let mut todo = vec![self.root];
+        while let Some(pid) = todo.pop() {
+            // Stopped first, so that nobody forks on while we go through the tree.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
+            pids.push(pid);
+            todo.extend(children(pid));
+        }
+        for &pid in pids.iter().rev() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        self.assert_gone(&pids)
+    }
+
+    /// Waits until no task of `pids` is left.
+    pub fn assert_gone(&self, pids: &[i32]) -> Result<(), Failure> {
+        let began = Instant::now();
+        loop {
+            let left: Vec<i32> =
+                pids.iter().copied().filter(|pid| Path::new(&format!("/proc/{pid}")).exists()).collect();
+            if left.is_empty() {
+                return Ok(());
+            }
+            if began.elapsed() > Duration::from_secs(10) {
+                return Err(Failure::NotGone(left));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Runs the tool with its output kept in the directory.
+    pub fn tool(&self, command: &mut Command) -> Result<tool::Done, Failure> {
+        let _ = fs::write(self.dir.join("commands"), self.read("commands") + &tool::line(command) + "\n");
+        Ok(tool::run(command, &self.dir.join("tool.out"), self.patience)?)
+    }
+
+    /// Dumps into `DIR/NAME` and asserts that it worked.
+    pub fn dump(&self, tool: &Tool, name: &str, more: &[&str]) -> Result<tool::Done, Failure> {
+        let images = self.dir.join(name);
+        fs::create_dir_all(&images).doing("making the image directory")?;
+        Ok(self.tool(&mut tool.dump(self.root, &images, more))?.ok()?)
+    }
+
+    /// Restores from `DIR/NAME` and asserts that it worked.
+    pub fn restore(&self, tool: &Tool, name: &str, more: &[&str]) -> Result<tool::Done, Failure> {
+        Ok(self.tool(&mut tool.restore(&self.dir.join(name), more))?.ok()?)
+    }
+
+    /// Copies of the regular files that the workload keeps, to put them back before an older image is restored.
+    pub fn save_files(&self) -> Result<Vec<(PathBuf, Vec<u8>)>, Failure> {
+        let mut saved = Vec::new();
+        for entry in fs::read_dir(self.dir.join("work")).doing("reading work/")?.flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_file())
+                && !entry.file_name().to_string_lossy().starts_with('.')
+            {
+                saved.push((entry.path(), fs::read(entry.path()).doing("reading a file of work/")?));
+            }
+        }
+        Ok(saved)
+    }
+}
+
+/// Puts saved files back, keeping their inodes.
+pub fn put_back(files: &[(PathBuf, Vec<u8>)]) -> Result<(), Failure> {
+    files.iter().try_for_each(|(path, content)| fs::write(path, content).doing("putting a file back"))
+}
+
+/// Runs one scenario; the directory stays when it fails.
+pub fn run(
+    test: &str,
+    workload: &crate::workloads::Workload,
+    flavour: Flavour,
+    variant: Variant,
+) -> Result<(), Failure> {
+    let patience = Duration::from_secs(if workload.heavy { 180 } else { 30 });
+    let mut stage = Stage::start(test, workload.name, flavour, patience)?;
+    stage.steady = workload.steady;
+    let outcome = play(&stage, variant);
+    if outcome.is_ok() {
+        stage.kill_tree()?;
+        let _ = fs::remove_dir_all(&stage.dir);
+    }
+    outcome
+}
+
+fn play(stage: &Stage, variant: Variant) -> Result<(), Failure> {
+    let before = stage.look()?;
+    match variant {
+        Variant::Straight => {
+            stage.compare(&before, "nothing at all")?;
+            return stage.check("nothing at all");
+        }
+        Variant::Sabotage => {
+            let said = stage.verdict("sabotage")?;
+            return if said.starts_with("FAIL") { Ok(()) } else { Err(Failure::Blind) };
+        }
+        _ => {}
+    }
+    let tool = Tool::discover().doing("finding the tool")?;
+    match variant {
+        Variant::Running | Variant::NoCow => {
+            let flags: &[&str] =
+                if variant == Variant::NoCow && !tool.peer { &["-R", "--no-cow"] } else { &["-R"] };
+            let files = stage.save_files()?;
+            stage.dump(&tool, "img", flags)?;
+            stage.compare(&before, "dump --leave-running")?;
+            stage.check("dump --leave-running")?;
+            stage.kill_tree()?;
+            stage.reset();
+            put_back(&files)?;
+            stage.restore(&tool, "img", &[])?;
+            stage.compare(&before, "dump --leave-running, kill and restore")?;
+            stage.check("dump --leave-running, kill and restore")
+        }
+        _ => {
+            let names: &[&str] =
+                if variant == Variant::Rounds { &["img1", "img2", "img3"] } else { &["img"] };
+            for name in names {
+                stage.dump(&tool, name, &[])?;
+                stage.assert_gone(&before.pids)?;
+                stage.restore(&tool, name, &[])?;
+                stage.compare(&before, "dump and restore")?;
+            }
+            stage.check("dump and restore")
+        }
+    }
+}

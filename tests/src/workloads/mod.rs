@@ -1,0 +1,140 @@
+//! The workloads, one behaviour a file, named for it.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use crate::ctl::{Ctl, Fail, Outcome};
+
+/// One behaviour.
+#[derive(Debug, Clone, Copy)]
+pub struct Workload {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is about.
+    pub about: &'static str,
+    /// Takes minutes or gigabytes: runs in one flavour and one variant only.
+    pub heavy: bool,
+    /// Whether `/proc` of its tree holds still while it waits.
+    pub steady: bool,
+    /// Whether it may run in namespaces of its own.
+    pub anywhere: bool,
+    run: fn(&Ctl) -> Outcome,
+}
+
+/// Declares the modules and the table of workloads: `name: "about" [, heavy] [, unsteady] [, host]`.
+macro_rules! workloads {
+    ($($name:ident: $about:literal $(, $mark:ident)*;)*) => {
+        $(pub mod $name;)*
+
+        /// Every workload.
+        pub const ALL: &[Workload] = &[$({
+            #[allow(unused_mut)]
+            let mut workload = Workload {
+                name: stringify!($name),
+                about: $about,
+                heavy: false,
+                steady: true,
+                anywhere: true,
+                run: $name::run,
+            };
+            $(workloads!(@mark workload $mark);)*
+            workload
+        }),*];
+    };
+    (@mark $workload:ident heavy) => { $workload.heavy = true };
+    (@mark $workload:ident unsteady) => { $workload.steady = false };
+    (@mark $workload:ident host) => { $workload.anywhere = false };
+}
+
+workloads! {
+    mem_private: "private memory of every protection, with holes";
+    mem_zero: "pages that read as zero, touched and untouched";
+    mem_shared: "shared anonymous memory between parent, child and two places of one task";
+    mem_file_private: "a file mapped privately with some pages changed";
+    mem_file_shared: "a file mapped shared, seen by file and by mapping";
+    mem_thp: "transparent huge pages stay huge";
+    mem_madvise: "settings made by madvise";
+    mem_stack: "a deep stack, held while frozen and unwound after";
+    mem_growsdown: "a mapping that grows downwards";
+    mem_heap: "the brk heap, grown and shrunk afterwards";
+    mem_sparse: "ten pages in a reserve of one TiB";
+    mem_cow_children: "copy-on-write memory still shared by parent and children";
+    mem_cow_orphans: "copy-on-write memory still shared by siblings whose parent is dead";
+    mem_vdso: "time through the vdso at its old address";
+    mem_many_maps: "20,000 mappings", heavy;
+    mem_2gib: "2 GiB of memory", heavy;
+    threads: "threads with names, masks, thread-local values and joins";
+    threads_registers: "register contents up to AVX-512, held in a loop";
+    threads_rseq_robust: "robust list, rseq area and clear_child_tid";
+    threads_futex: "a thread that waits on a futex without end";
+    threads_dead_leader: "a process whose first thread has ended";
+    threads_1000: "1,000 threads", heavy;
+    sig_handlers: "handlers with masks, flags and ignored signals";
+    sig_pending: "blocked, pending and queued signals with their values";
+    sig_altstack: "a handler at work on an alternate stack";
+    sig_stopped: "a child that is stopped";
+    sleep_relative: "sleeps with remaining time: nanosleep, poll, futex, select";
+    sleep_absolute: "sleeps until a point in time";
+    tree_groups: "process groups and sessions";
+    tree_zombies: "children that have ended and are not yet waited for";
+    tree_orphans: "orphans under a child subreaper";
+    tree_dead_leaders: "sessions and groups whose leaders are gone";
+    tree_blocked: "tasks blocked in wait, read and write";
+    tree_fork_storm: "processes that fork all the time", unsteady;
+    tree_300: "300 children", heavy;
+    fs_identity: "working directory, umask, personality and name";
+    fs_chroot: "a root directory of its own", host;
+    files_offsets: "offsets of regular files, shared by dup and by fork";
+    files_flags: "open flags of regular files";
+    files_dirs: "open directories, read half";
+    files_numbers: "descriptors at scattered numbers, some close-on-exec";
+    pipe_data: "pipes with data read half";
+    pipe_ends: "pipes with closed ends and ends in many tasks";
+    pipe_full: "a full pipe and its size";
+    pipe_packets: "packet mode";
+    pipe_flags: "flags and owner of pipe ends";
+    fifo_named: "named fifos with data";
+    eventfd: "eventfds: counters, semaphore, shared";
+    epoll_basic: "epoll sets with data, edge-triggered, one-shot and exclusive entries";
+    epoll_nested: "epoll in epoll";
+    epoll_dup: "epoll entries whose number was closed or taken again";
+    timerfd: "timerfds of all clocks: armed, expired, interval, unarmed";
+    signalfd: "signalfds with pending signals";
+    devices: "memory devices";
+    unix_pair: "connected unix sockets, credentials and a pipe's end in flight";
+    pty_shell: "a shell that leads a session, with a background job and /dev/tty", host;
+    seccomp_strict: "a filter that allows hardly anything";
+    ns_tree: "a tree in fresh user, mount and pid namespaces", host;
+    ns_mounts: "proc, tmpfs with content and bind mounts";
+    fds_mixed: "15,000 descriptors of mixed kinds", heavy;
+}
+
+/// The workload of a name.
+pub fn find(name: &str) -> Option<&'static Workload> {
+    ALL.iter().find(|workload| workload.name == name)
+}
+
+/// Sets the workload up, waits, checks, and leaves the verdict in `DIR/result`.
+pub fn run(name: &str, dir: &Path) -> ExitCode {
+    let Some(workload) = find(name) else {
+        eprintln!("no workload is called {name}");
+        return ExitCode::from(2);
+    };
+    let ctl = Ctl::new(dir);
+    let verdict = match (workload.run)(&ctl) {
+        Ok(()) => "PASS".to_owned(),
+        Err(Fail::Absent(why)) => format!("SKIP: {why}"),
+        Err(fail) => format!("FAIL: {fail}"),
+    };
+    // A workload that changed its root sees its directory elsewhere.
+    let written = ctl
+        .announce("result", verdict.as_bytes())
+        .or_else(|_| Ctl::new(Path::new("/")).announce("result", verdict.as_bytes()));
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: cannot write the verdict: {error}; it was: {verdict}");
+            ExitCode::FAILURE
+        }
+    }
+}
