@@ -9,6 +9,9 @@ use libtest_mimic::{Arguments, Completion, Trial};
 use crate::sandbox::{self, Verdict};
 use crate::scenario::Failure;
 
+/// What a test does, given its own name.
+pub type Play = Box<dyn Fn(&str) -> Result<(), Failure> + Send + Sync>;
+
 /// A named test.
 pub struct Test {
     /// Its name, with `::` between the parts.
@@ -16,7 +19,7 @@ pub struct Test {
     /// Takes minutes or gigabytes.
     pub heavy: bool,
     /// What happens inside the sandbox.
-    pub play: Box<dyn Fn(&str) -> Result<(), Failure> + Send + Sync>,
+    pub play: Play,
 }
 
 impl Test {

@@ -11,7 +11,10 @@ const LENGTH: Duration = Duration::from_millis(1500);
 /// How much longer a call may take on a busy machine.
 const SLACK: Duration = Duration::from_millis(700);
 
-const CALLS: [(&str, fn() -> io::Result<()>); 5] = [
+/// A call that sleeps for [`LENGTH`].
+type Call = fn() -> io::Result<()>;
+
+const CALLS: [(&str, Call); 5] = [
     ("nanosleep", || {
         let ts = length();
         // SAFETY: `ts` lives through the call; the remainder goes to a place of its own.
