@@ -78,7 +78,7 @@ pub fn epoll(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Epoll>> {
         budget: params.budget.into(),
         prefer: params.prefer != 0,
     });
-    let uses: BTreeSet<u32> = record.entries.iter().map(|entry| entry.handle).chain([handle.id]).collect();
+    let uses: BTreeSet<u32> = record.entries.iter().map(|entry| entry.handle).collect();
     let settle_as = adder(host, handle, &record).map_or(Actor::ANY, Actor::task);
     Ok(Dumped { uses: uses.into_iter().collect(), settle_as, ..Dumped::new(record) })
 }

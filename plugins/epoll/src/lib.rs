@@ -12,7 +12,8 @@
 //! for nothing at that moment, the entry can still wake for `EPOLLERR` and `EPOLLHUP`, with no other events.
 //!
 //! **Not kept:** the order in which ready entries are reported; `EPOLLWAKEUP` without `CAP_BLOCK_SUSPEND`; which of several
-//! tasks with the same numbers added a signalfd (the first one is taken).
+//! tasks with the same numbers added a signalfd (the first one is taken). A target that is in no task's table, be it in
+//! flight in a socket or open outside the tree only, is refused by name.
 
 use stasis_plugin_api::{
     Described, Descriptor, Dumped, HandleInfo, Host, ObjectInfo, Result, Selector, export_plugin, register,
