@@ -5,6 +5,7 @@
 //! `stasis` binary, compares `/proc` of the tree before and after ([`snapshot`]), and asks the workload. Every scenario
 //! runs in fresh pid, mount and network namespaces ([`sandbox`]), so that a defect cannot reach the machine.
 
+pub mod bench;
 pub mod ctl;
 pub mod launch;
 pub mod sandbox;

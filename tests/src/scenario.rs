@@ -255,6 +255,16 @@ impl Stage {
         Err(Failure::Differs(after, differences))
     }
 
+    /// The pids of the tree, parents first.
+    pub fn pids(&self) -> Vec<i32> {
+        let (mut pids, mut next) = (vec![self.root], 0);
+        while let Some(&pid) = pids.get(next) {
+            pids.extend(children(pid));
+            next += 1;
+        }
+        pids
+    }
+
     /// Kills the whole tree and waits until it is reaped.
     pub fn kill_tree(&self) -> Result<(), Failure> {
         let mut pids = Vec::new();
