@@ -54,7 +54,7 @@ pub(crate) fn dump(host: &Host<'_>, namespace: &NamespaceInfo) -> Result<DumpedN
 }
 
 /// How each mount is to be made again.
-fn classify(theirs: &[Line], ours: &[Line]) -> Result<Vec<Mount>> {
+pub(crate) fn classify(theirs: &[Line], ours: &[Line]) -> Result<Vec<Mount>> {
     // Which mount of ours is the same.
     let mut same: Vec<Option<u32>> = Vec::new();
     let mut mounts: Vec<Mount> = Vec::new();
@@ -152,7 +152,7 @@ fn host_path(line: &Line, ours: &[Line]) -> Option<String> {
 }
 
 /// The file system of a mount, without what is mounted on it: a detached copy, made by a thread inside the namespace.
-fn open_tree(proc: &File, line: &Line) -> Result<OwnedFd> {
+pub(crate) fn open_tree(proc: &File, line: &Line) -> Result<OwnedFd> {
     const OPEN_TREE_CLONE: u32 = 1;
     let failed = |what: &str| {
         HookError::failed(format!("{what} for {}", line.mountpoint), std::io::Error::last_os_error())

@@ -35,3 +35,104 @@ impl Namespace for Mnt {
 
 register!(namespace: Mnt);
 export_plugin! { name: "ns-mnt", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
+
+#[cfg(test)]
+mod tests {
+    use super::{record::stasis::ns_mnt::v1::Class, *};
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+        sys::wait::{WaitStatus, waitpid},
+        unistd::{ForkResult, fork},
+    };
+    use stasis_plugin_api::{prost::Message, register::namespace, testing::FakeHost};
+    use std::{fs, path::Path};
+
+    /// Runs `f` in a child, in new namespaces; an error's text is shown.
+    fn in_child(flags: CloneFlags, f: impl FnOnce() -> std::result::Result<(), String>) {
+        // SAFETY: the child uses the allocator, which glibc keeps usable after fork, and exits without unwinding.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => {
+                assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0))
+            }
+            ForkResult::Child => {
+                let result = unshare(flags).map_err(|errno| errno.to_string()).and_then(|()| {
+                    if flags.contains(CloneFlags::CLONE_NEWUSER) {
+                        fs::write("/proc/self/uid_map", "0 0 1").map_err(|error| error.to_string())?;
+                        fs::write("/proc/self/setgroups", "deny").map_err(|error| error.to_string())?;
+                        fs::write("/proc/self/gid_map", "0 0 1").map_err(|error| error.to_string())?;
+                    }
+                    f()
+                });
+                if let Err(text) = &result {
+                    eprintln!("{text}");
+                }
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(i32::from(result.is_err())) }
+            }
+        }
+    }
+
+    fn round_trip(name: &str, flags: CloneFlags) {
+        // SAFETY: takes no argument.
+        if unsafe { libc::geteuid() } != 0 {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let directory = std::env::temp_dir().join(format!("stasis-{name}-{}", std::process::id()));
+        let (t, etc, image) = (directory.join("t"), directory.join("etc"), directory.join("image"));
+        [&t, &etc].iter().for_each(|path| fs::create_dir_all(path).unwrap());
+        let ours = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let none: Option<&str> = None;
+        in_child(flags, || {
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(none, "/", none, private, none).map_err(|e| format!("private: {e}"))?;
+            mount(Some("mine"), &t, Some("tmpfs"), MsFlags::MS_NOSUID, Some("size=1m"))
+                .map_err(|e| format!("tmpfs: {e}"))?;
+            fs::create_dir(t.join("sub"))
+                .and_then(|()| fs::write(t.join("file"), "kept"))
+                .map_err(|e| e.to_string())?;
+            mount(Some(&t.join("sub")), &etc, none, MsFlags::MS_BIND, none)
+                .map_err(|e| format!("bind: {e}"))?;
+            let theirs = fs::read_to_string("/proc/self/mountinfo").map_err(|e| e.to_string())?;
+            let theirs = mountinfo::parse(&theirs).map_err(|e| e.to_string())?;
+            let ours = mountinfo::parse(&ours).map_err(|e| e.to_string())?;
+            let mounts = dump::classify(&theirs, &ours).map_err(|e| e.to_string())?;
+            let proc = fs::File::open("/proc/self").map_err(|e| e.to_string())?;
+            let index = mounts.iter().position(|mount| mount.class() == Class::Contents).ok_or("no tmpfs")?;
+            let tree = dump::open_tree(&proc, &theirs[index]).map_err(|e| e.to_string())?;
+            let maps = contents::Maps { uids: "0 0 1".into(), gids: "0 0 1".into() };
+            let mut blob = Vec::new();
+            contents::save(&tree, "t", &maps, &mut blob).map_err(|e| e.to_string())?;
+            let record = MountNamespace { mounts, id: index as u32 };
+            fs::write(&image, record.encode_to_vec()).map_err(|e| e.to_string())?;
+            fs::write(image.with_extension("blob"), blob).map_err(|e| e.to_string())
+        });
+        assert!(!t.join("file").exists());
+        let record = fs::read(&image).unwrap();
+        let blob = fs::read(image.with_extension("blob")).unwrap();
+        let index = MountNamespace::decode(record.as_slice()).unwrap().id;
+        in_child(flags, || {
+            let host = FakeHost::default();
+            host.blobs.borrow_mut().insert(contents::blob(index, index as usize), blob);
+            let hook = namespace(Mnt);
+            host.call(|host| hook.enter(host, record.as_slice().into()).into_result())
+                .map_err(|e| e.to_string())?;
+            let kept = fs::read_to_string(t.join("file")).map_err(|e| e.to_string())?;
+            let inside = Path::new(&t).join("sub/new");
+            fs::write(etc.join("new"), "x").map_err(|e| e.to_string())?;
+            if kept == "kept" && inside.exists() { Ok(()) } else { Err("contents differ".into()) }
+        });
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn a_tmpfs_and_a_bind_mount_come_back() {
+        round_trip("mnt", CloneFlags::CLONE_NEWNS);
+    }
+
+    #[test]
+    fn likewise_in_a_user_namespace() {
+        round_trip("user", CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUSER);
+    }
+}
