@@ -6,7 +6,7 @@ use stasis_plugin_api::{
     Actor, Described, Dumped, HandleInfo, HookError, Host, ObjectInfo, Result, SessionInfo,
 };
 use std::{
-    fs::{self, File},
+    fs,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::MetadataExt,
@@ -64,7 +64,7 @@ pub(crate) fn describe(host: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>)
 
 /// Where the slaves of a master are: /dev/ptmx belongs to /dev/pts (drivers: fs/devpts/inode.c, devpts_mntget), and
 /// each devpts has its own ptmx.
-fn ptmx_directory(link: &str) -> String {
+pub(crate) fn ptmx_directory(link: &str) -> String {
     let directory = Path::new(link).parent().unwrap_or(Path::new("/dev"));
     match directory.ends_with("pts") {
         true => directory.display().to_string(),
@@ -177,12 +177,12 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Termin
 
 /// Owner and mode of the slave's node, as ids of the tree's user namespace.
 fn owner(host: &Host<'_>, object: &ObjectInfo, record: &mut Terminal) -> Result<()> {
-    let Some(slave) = object.handles.iter().find(|handle| handle.role == SLAVE) else { return Ok(()) };
-    let stat = File::from(host.open_handle(slave.id)?)
-        .metadata()
-        .map_err(|error| HookError::failed("fstat of a terminal", error))?;
-    let pid = holder(host, slave)?;
+    let Some(master) = object.handles.iter().find(|handle| handle.role == MASTER) else { return Ok(()) };
+    let pid = holder(host, master)?;
     let proc = host.open_proc(pid)?;
+    let path = format!("{}/{}", ptmx_directory(&master.link), record.index);
+    let stat = fs::metadata(format!("/proc/self/fd/{}/root{path}", proc.as_raw_fd()))
+        .map_err(|error| HookError::failed(format!("stat of {path} in task {pid}"), error))?;
     let id = |file: &str, outside: u32| -> Result<u32> {
         let map = fs::read_to_string(format!("/proc/self/fd/{}/{file}", proc.as_raw_fd()))
             .map_err(|error| HookError::failed(format!("reading {file} of task {pid}"), error))?;

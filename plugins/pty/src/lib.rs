@@ -77,3 +77,67 @@ impl Session for Pty {
 register!(descriptor: Pty);
 register!(session: Pty);
 export_plugin! { name: "pty", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::{
+        sys::wait::{WaitStatus, waitpid},
+        unistd::{ForkResult, fork, getpid, setsid},
+    };
+    use std::{fs::OpenOptions, os::fd::AsFd};
+
+    fn handle(role: u32) -> HandleInfo {
+        HandleInfo { role, status_flags: libc::O_RDWR as u32, ..HandleInfo::default() }
+    }
+
+    /// A session leader gets its controlling terminal, and /dev/tty is that terminal.
+    fn leader() -> std::result::Result<(), String> {
+        setsid().map_err(|errno| errno.to_string())?;
+        let master =
+            OpenOptions::new().read(true).write(true).open("/dev/ptmx").map_err(|e| e.to_string())?;
+        let index = ioctl::TIOCGPTN.get(master.as_fd()).map_err(|e| e.to_string())?;
+        let termios = ioctl::termios(master.as_fd()).map_err(|e| e.to_string())?;
+        drop(master);
+        let record = Terminal {
+            index,
+            ptmx: "/dev/ptmx".into(),
+            termios: Some(termios),
+            mode: 0o600,
+            session: getpid().as_raw(),
+            ..Terminal::default()
+        };
+        let handles = vec![handle(DEV_TTY), handle(MASTER), handle(SLAVE)];
+        let object = ObjectInfo { handles: handles.into(), ..ObjectInfo::default() };
+        let fds = restore::create(&object, &record).map_err(|e| e.to_string())?;
+        let session = nix::sys::termios::tcgetsid(&fds[2]).map_err(|errno| errno.to_string())?;
+        let device = |fd: &OwnedFd| ioctl::TIOCGDEV.get(fd.as_fd()).map_err(|e| e.to_string());
+        if session == getpid() && device(&fds[0])? == device(&fds[2])? {
+            Ok(())
+        } else {
+            Err("not ours".into())
+        }
+    }
+
+    #[test]
+    fn a_session_gets_its_terminal() {
+        if !std::path::Path::new("/dev/ptmx").exists() {
+            eprintln!("skipped: no /dev/ptmx");
+            return;
+        }
+        // SAFETY: the child uses the allocator, which glibc keeps usable after fork, and exits without unwinding.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => {
+                assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0))
+            }
+            ForkResult::Child => {
+                let result = leader();
+                if let Err(text) = &result {
+                    eprintln!("{text}");
+                }
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(i32::from(result.is_err())) }
+            }
+        }
+    }
+}

@@ -1,13 +1,14 @@
 //! From a record to a live terminal.
 
-use crate::{DEV_TTY, MASTER, Terminal, ioctl};
+use crate::{DEV_TTY, MASTER, Terminal, dump, ioctl};
 use stasis_plugin_api::{HandleInfo, HookError, Host, ObjectInfo, Result};
 use std::{
     fs::{self, File, OpenOptions, Permissions},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
+        unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown},
     },
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -36,7 +37,7 @@ pub(crate) fn create(object: &ObjectInfo, record: &Terminal) -> Result<Vec<Owned
                 _ => ioctl::open_peer(master.as_fd(), flags(handle) | libc::O_CLOEXEC)?,
             });
         }
-        finish(master, slaves.last(), record)?;
+        finish(master, slaves.first(), record)?;
     }
     let mut slaves = slaves.split_off(usize::from(record.session != 0 || record.slave_closed)).into_iter();
     for handle in &object.handles {
@@ -128,14 +129,10 @@ fn configure(master: &OwnedFd, record: &Terminal) -> Result<()> {
 
 /// What would hinder the opens, or show in packet mode, comes last.
 fn finish(master: &OwnedFd, slave: Option<&OwnedFd>, record: &Terminal) -> Result<()> {
-    if let Some(slave) = slave {
-        if record.mode != 0 {
-            set_owner(slave, record)?;
-        }
-        if record.exclusive {
-            ioctl::set_exclusive(slave.as_fd())?;
-        }
+    if let (true, Some(slave)) = (record.exclusive, slave) {
+        ioctl::set_exclusive(slave.as_fd())?;
     }
+    set_owner(record)?;
     if record.master_exclusive {
         ioctl::set_exclusive(master.as_fd())?;
     }
@@ -143,18 +140,17 @@ fn finish(master: &OwnedFd, slave: Option<&OwnedFd>, record: &Terminal) -> Resul
     ioctl::TIOCSPTLCK.call(master.as_fd(), &mut i32::from(record.locked))
 }
 
-fn set_owner(slave: &OwnedFd, record: &Terminal) -> Result<()> {
-    let failed = |error| HookError::failed(format!("owner and mode of terminal {}", record.index), error);
-    let file = File::from(slave.try_clone().map_err(failed)?);
-    let stat = file.metadata().map_err(failed)?;
-    // A descriptor of /dev/tty is not on the slave's node.
-    if stat.rdev() >> 8 & 0xfff == 5 {
-        return Ok(());
-    }
+fn set_owner(record: &Terminal) -> Result<()> {
+    let path = Path::new(&dump::ptmx_directory(&record.ptmx)).join(record.index.to_string());
+    let failed = |error| HookError::failed(format!("owner and mode of {}", path.display()), error);
+    let stat = fs::metadata(&path).map_err(failed)?;
     if (stat.uid(), stat.gid()) != (record.uid, record.gid) {
-        fchown(&file, Some(record.uid), Some(record.gid)).map_err(failed)?;
+        chown(&path, Some(record.uid), Some(record.gid)).map_err(failed)?;
     }
-    file.set_permissions(Permissions::from_mode(record.mode)).map_err(failed)
+    if stat.mode() & 0o7777 != record.mode {
+        fs::set_permissions(&path, Permissions::from_mode(record.mode)).map_err(failed)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn settle(host: &Host<'_>, object: &ObjectInfo, record: &Terminal) -> Result<()> {
@@ -175,7 +171,7 @@ pub(crate) fn settle(host: &Host<'_>, object: &ObjectInfo, record: &Terminal) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{SLAVE, dump};
+    use crate::SLAVE;
     use std::io::Write;
 
     fn handle(role: u32) -> HandleInfo {
@@ -207,7 +203,7 @@ mod tests {
         ioctl::set_termios(slave.as_fd(), &termios).unwrap();
 
         let read = |master: &OwnedFd, slave: &OwnedFd| {
-            let mut record = Terminal { index, ptmx: "/dev/ptmx".into(), ..Terminal::default() };
+            let mut record = Terminal { index, ptmx: "/dev/ptmx".into(), mode: 0o620, ..Terminal::default() };
             dump::read_pair(&mut record, master.as_fd(), Some(slave.as_fd()), "t").map(|()| record)
         };
         let record = match read(&master, &slave) {
@@ -230,6 +226,7 @@ mod tests {
         assert_eq!(ioctl::TIOCGPTN.get(fds[1].as_fd()).unwrap(), index);
         assert_eq!(read(&fds[1], &fds[0]).unwrap(), record);
         assert_eq!(ioctl::termios(fds[0].as_fd()).unwrap(), termios);
+        assert_eq!(fs::metadata(format!("/dev/pts/{index}")).unwrap().mode() & 0o777, 0o620);
 
         // Unread data are refused by name, in both directions.
         File::from(fds[1].try_clone().unwrap()).write_all(b"typed").unwrap();
