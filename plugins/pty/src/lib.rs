@@ -94,6 +94,9 @@ mod tests {
     /// A session leader gets its controlling terminal, and /dev/tty is that terminal.
     fn leader() -> std::result::Result<(), String> {
         setsid().map_err(|errno| errno.to_string())?;
+        // Closing the master at the end hangs up on the session.
+        // SAFETY: no handler is installed.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
         let master =
             OpenOptions::new().read(true).write(true).open("/dev/ptmx").map_err(|e| e.to_string())?;
         let index = ioctl::TIOCGPTN.get(master.as_fd()).map_err(|e| e.to_string())?;
