@@ -26,18 +26,21 @@ pub enum Variant {
     Running,
     /// As `Running`, without the copy-on-write snapshot.
     NoCow,
+    /// Dump and leave stopped, continue, check; kill; restore, check.
+    Stopped,
     /// Dump and restore three times, then check.
     Rounds,
 }
 
 impl Variant {
     /// All of them.
-    pub const ALL: [Variant; 6] = [
+    pub const ALL: [Variant; 7] = [
         Variant::Straight,
         Variant::Sabotage,
         Variant::Kill,
         Variant::Running,
         Variant::NoCow,
+        Variant::Stopped,
         Variant::Rounds,
     ];
 
@@ -49,6 +52,7 @@ impl Variant {
             Variant::Kill => "kill",
             Variant::Running => "running",
             Variant::NoCow => "nocow",
+            Variant::Stopped => "stopped",
             Variant::Rounds => "rounds",
         }
     }
@@ -100,6 +104,9 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
     }
 }
 
+/// A check from outside.
+pub type Verify = fn(&Stage) -> Result<(), Failure>;
+
 /// A started tree and the directory it belongs to.
 #[derive(Debug)]
 pub struct Stage {
@@ -111,6 +118,11 @@ pub struct Stage {
     pub root: i32,
     /// Whether pids that run now stay the same (no fork storms and the like).
     pub steady: bool,
+    /// How to tell that all is as it should be, for programs that cannot be asked.
+    pub verify: Option<Verify>,
+    /// Whether files of the workload grow while it runs, so that only a tree left stopped shows them as they are in the
+    /// image.
+    pub growing: bool,
 }
 
 /// The directory of all scenarios; it holds a copy of the workload binary too.
@@ -181,7 +193,8 @@ impl Stage {
             .spawn()
             .doing("starting the launcher")?;
         drop(launcher);
-        let mut stage = Stage { dir: dir.to_owned(), patience, root: 0, steady: true };
+        let mut stage =
+            Stage { dir: dir.to_owned(), patience, root: 0, steady: true, verify: None, growing: false };
         stage.wait_for("pid", "the launcher")?;
         stage.root = stage.read("pid").trim().parse().unwrap_or(0);
         stage.wait_for("ready", "the workload to get ready")?;
@@ -210,6 +223,9 @@ impl Stage {
 
     /// Asks the workload for its verdict.
     pub fn check(&self, after: &'static str) -> Result<(), Failure> {
+        if let Some(verify) = self.verify {
+            return verify(self);
+        }
         match self.verdict("check")?.trim() {
             "PASS" => Ok(()),
             said => Err(Failure::Changed(after, said.to_owned())),
@@ -253,6 +269,21 @@ impl Stage {
             differences = before.differences(&self.look()?);
         }
         Err(Failure::Differs(after, differences))
+    }
+
+    /// After `dump --leave-stopped`: sees that every task is stopped, and continues them.
+    fn continue_tree(&self) -> Result<(), Failure> {
+        for pid in self.pids() {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).doing("looking at a stopped task")?;
+            let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+            if !matches!(state, Some('T' | 'Z')) {
+                return Err(Failure::Changed("dump --leave-stopped", format!("pid {pid} is {state:?}")));
+            }
+        }
+        for pid in self.pids() {
+            kill(Pid::from_raw(pid), Signal::SIGCONT).doing("continuing a task")?;
+        }
+        Ok(())
     }
 
     /// The pids of the tree, parents first.
@@ -352,7 +383,8 @@ pub fn run(
     outcome
 }
 
-fn play(stage: &Stage, variant: Variant) -> Result<(), Failure> {
+/// What a variant does with a started tree.
+pub fn play(stage: &Stage, variant: Variant) -> Result<(), Failure> {
     let before = stage.look()?;
     match variant {
         Variant::Straight => {
@@ -367,19 +399,29 @@ fn play(stage: &Stage, variant: Variant) -> Result<(), Failure> {
     }
     let tool = Tool::discover().doing("finding the tool")?;
     match variant {
-        Variant::Running | Variant::NoCow => {
-            let flags: &[&str] =
-                if variant == Variant::NoCow && !tool.peer { &["-R", "--no-cow"] } else { &["-R"] };
-            let files = stage.save_files()?;
+        Variant::Running | Variant::NoCow | Variant::Stopped => {
+            let flags: &[&str] = match variant {
+                Variant::NoCow if !tool.peer => &["-R", "--no-cow"],
+                Variant::Stopped => &["-s"],
+                _ => &["-R"],
+            };
+            let mut files = stage.save_files()?;
             stage.dump(&tool, "img", flags)?;
-            stage.compare(&before, "dump --leave-running")?;
-            stage.check("dump --leave-running")?;
+            if variant == Variant::Stopped {
+                files = stage.save_files()?;
+                stage.continue_tree()?;
+            }
+            stage.compare(&before, "the dump")?;
+            stage.check("the dump, in the original")?;
             stage.kill_tree()?;
+            if stage.growing && variant != Variant::Stopped {
+                return Ok(());
+            }
             stage.reset();
             put_back(&files)?;
             stage.restore(&tool, "img", &[])?;
-            stage.compare(&before, "dump --leave-running, kill and restore")?;
-            stage.check("dump --leave-running, kill and restore")
+            stage.compare(&before, "the restore")?;
+            stage.check("the restore")
         }
         _ => {
             let names: &[&str] =
