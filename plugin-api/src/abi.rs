@@ -17,6 +17,32 @@ use abi_stable::{
     std_types::{RBox, ROption, RResult, RSlice, RSliceMut, RStr, RString, RVec},
 };
 
+/// A number for all that crosses the ABI, as it stands in the source: two libraries with the same number have the same
+/// types, laid out in the same way (all of them are `repr(C)` or `repr(u8)`), so core need not compare type layouts, which
+/// takes a millisecond per plugin. FNV-1a.
+pub const FINGERPRINT: u64 = {
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    let sources: [&[u8]; 4] = [
+        include_bytes!("abi.rs"),
+        include_bytes!("model.rs"),
+        include_bytes!("error.rs"),
+        include_bytes!("forward_log.rs"),
+    ];
+    let mut i = 0;
+    while i < sources.len() {
+        let mut at = 0;
+        while at < sources[i].len() {
+            hash = (hash ^ sources[i][at] as u64).wrapping_mul(0x100_0000_01b3);
+            at += 1;
+        }
+        i += 1;
+    }
+    hash
+};
+
+/// Symbol by which a plugin exports [`FINGERPRINT`]; a plugin without it is compared type by type.
+pub const FINGERPRINT_SYMBOL: &str = "stasis_plugin_api_fingerprint";
+
 /// Result across the ABI.
 pub type AbiResult<T> = RResult<T, HookError>;
 /// Encoded record.

@@ -121,6 +121,9 @@ macro_rules! export_plugin {
                     options: &[$($($option),*)?],
                 }
             }
+            #[unsafe(export_name = "stasis_plugin_api_fingerprint")]
+            static FINGERPRINT: u64 = $crate::abi::FINGERPRINT;
+
             #[$crate::abi_stable::export_root_module]
             pub fn root_module() -> $crate::abi::PluginRef {
                 $crate::register::root_module()
