@@ -274,7 +274,14 @@ impl Registry {
         }
         let one = |(name, kinds): (&str, BTreeSet<&str>)| {
             let plugin = self.plugin(name)?;
+            let declared = plugin.kinds();
+            let message = |name: &&str| {
+                let with_record =
+                    declared.iter().find(|(_, kind)| kind.name == *name && !kind.message.is_empty());
+                with_record.map_or_else(String::new, |(_, kind)| kind.message.to_string())
+            };
             Some(PluginUse {
+                messages: kinds.iter().map(message).collect(),
                 name: name.into(),
                 version: plugin.version.clone(),
                 kinds: kinds.into_iter().map(Into::into).collect(),

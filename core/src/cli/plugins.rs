@@ -1,0 +1,90 @@
+//! `stasis plugins`: which plugins there are, and who claims what.
+
+use crate::plugins::{LoadedPlugin, PluginChoice, Registry, describe_selector};
+use clap::Args;
+use serde_json::{Value, json};
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+/// Lists the plugins: versions, files, what they claim, their options
+#[derive(Debug, Args)]
+pub struct PluginsArgs {}
+
+/// Runs it. With `json`, everything is one object on stdout.
+pub fn run(_args: &PluginsArgs, choice: &PluginChoice, json: bool) -> ExitCode {
+    let registry = match Registry::load(choice) {
+        Ok(registry) => registry,
+        Err(error) => {
+            match json {
+                true => {
+                    println!("{}", json!({ "ok": false, "operation": "plugins", "error": error.to_string() }))
+                }
+                false => eprintln!("stasis plugins: {error}"),
+            }
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut out = io::stdout().lock();
+    let written = if json { writeln!(out, "{:#}", as_json(&registry)) } else { print(&mut out, &registry) };
+    // A reader that closed the pipe has seen enough.
+    if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn as_json(registry: &Registry) -> Value {
+    let plugin = |plugin: &LoadedPlugin| {
+        let kinds: Vec<Value> = plugin
+            .kinds()
+            .into_iter()
+            .map(|(sort, kind)| {
+                json!({
+                    "hook": sort,
+                    "kind": kind.name.as_str(),
+                    "selectors": kind.selectors.iter().map(describe_selector).collect::<Vec<_>>(),
+                    "after": kind.after.iter().map(|name| name.as_str()).collect::<Vec<_>>(),
+                    "message": kind.message.as_str(),
+                })
+            })
+            .collect();
+        let options: Vec<Value> = plugin
+            .options
+            .iter()
+            .map(|o| json!({ "name": o.name, "help": o.help, "takes_value": o.takes_value }))
+            .collect();
+        json!({
+            "name": &*plugin.name,
+            "version": plugin.version,
+            "api_version": plugin.api_version,
+            "file": plugin.file,
+            "kinds": kinds,
+            "options": options,
+        })
+    };
+    json!({
+        "ok": true,
+        "plugins": registry.plugins().iter().map(plugin).collect::<Vec<_>>(),
+        "disabled": registry.disabled().iter().map(|file| &file.path).collect::<Vec<_>>(),
+    })
+}
+
+fn print(out: &mut impl Write, registry: &Registry) -> io::Result<()> {
+    if registry.plugins().is_empty() {
+        writeln!(out, "no plugins (see --plugin-dir)")?;
+    }
+    for plugin in registry.plugins() {
+        writeln!(out, "{} {}  {}", plugin.name, plugin.version, plugin.file.display())?;
+        for (sort, kind) in plugin.kinds() {
+            let selectors: Vec<String> = kind.selectors.iter().map(describe_selector).collect();
+            writeln!(out, "    {sort:<10} {:<16} {}", kind.name.as_str(), selectors.join(", "))?;
+        }
+        for option in &plugin.options {
+            let value = if option.takes_value { "=VALUE" } else { "" };
+            writeln!(out, "    option     --{}{value}: {}", option.name, option.help)?;
+        }
+    }
+    for file in registry.disabled() {
+        writeln!(out, "(not enabled: {})", file.path.display())?;
+    }
+    Ok(())
+}
