@@ -30,6 +30,10 @@ pub fn restore(arguments: &Arguments) -> Outcome {
         // SAFETY: as above.
         unsafe { step(Step::Move, index, nr::MREMAP, place)? };
     }
+    for (index, span) in arguments.gaps.entries().iter().enumerate() {
+        // SAFETY: a part of what has just been mapped or moved, which the task did not have.
+        unsafe { step(Step::Unmap, index, nr::MUNMAP, [span.start, span.len])? };
+    }
     for (index, setting) in arguments.protects.entries().iter().enumerate() {
         set(Step::Protect, index, nr::MPROTECT, setting)?;
     }

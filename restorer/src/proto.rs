@@ -254,6 +254,8 @@ pub struct Arguments {
     pub maps: Table<Map>,
     /// Mappings moved home.
     pub moves: Table<Move>,
+    /// Ranges to unmap when all is home: gaps in what was mapped or moved as one.
+    pub gaps: Table<Span>,
     /// Final protections.
     pub protects: Table<Setting>,
     /// Advice.

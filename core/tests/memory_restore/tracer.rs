@@ -134,6 +134,13 @@ fn ptrace(request: u32, pid: i32, address: u64, data: u64) -> i64 {
     unsafe { libc::ptrace(request, pid, address, data) }
 }
 
+fn registers_of(pid: i32) -> libc::user_regs_struct {
+    // SAFETY: integers alone.
+    let mut registers = unsafe { std::mem::zeroed() };
+    ptrace(libc::PTRACE_GETREGS, pid, 0, &raw mut registers as u64);
+    registers
+}
+
 pub fn restore(image: &Builder) -> Vec<Restored> {
     // SAFETY: reads the code of a function of ours.
     let code = unsafe { std::slice::from_raw_parts(check as *const u8, CHECK_SIZE) };
@@ -213,8 +220,7 @@ fn wait_for_all(world: &World<'_>, start: Instant) -> Vec<Restored> {
                 if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) },
             );
         } else if libc::WIFSTOPPED(status) {
-            let mut registers = unsafe { std::mem::zeroed::<libc::user_regs_struct>() };
-            ptrace(libc::PTRACE_GETREGS, pid, 0, &raw mut registers as u64);
+            let registers = registers_of(pid);
             if status >> 8 == libc::SIGTRAP && registers.rax == ARRIVED {
                 arrived.insert(pid, status);
             } else {
@@ -234,8 +240,7 @@ fn wait_for_all(world: &World<'_>, start: Instant) -> Vec<Restored> {
     let all_there = start.elapsed();
     let mut restored: Vec<_> = tasks.iter().enumerate().map(|(index, _)| look(world, index)).collect();
     for (index, task) in tasks.iter().enumerate().filter(|(_, task)| arrived.contains_key(&task.pid)) {
-        let mut registers = unsafe { std::mem::zeroed::<libc::user_regs_struct>() };
-        ptrace(libc::PTRACE_GETREGS, task.pid, 0, &raw mut registers as u64);
+        let mut registers = registers_of(task.pid);
         // SAFETY: shared memory of this test.
         let [from, len] = unsafe { (*world.shared).region[index] };
         registers.rip = CODE;

@@ -101,6 +101,7 @@ impl Tables {
             vdso: moves.vdso,
             maps: self.put(&moves.maps),
             moves: self.put(&moves.moves),
+            gaps: self.put(&moves.gaps),
             protects: self.put(&moves.protects),
             advices: self.put(&moves.advices),
             names: self.put(&names),

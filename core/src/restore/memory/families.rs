@@ -88,7 +88,9 @@ pub struct Shared {
 
 /// Splits extents where sharing differs, and gives the pieces that at least two maps have.
 pub fn shared<'a>(extents: impl Iterator<Item = (u32, &'a Extent)>) -> Vec<Shared> {
-    let mut groups: HashMap<(u32, i64), Vec<(u64, bool, u32, &Extent)>> = HashMap::new();
+    /// Address, whether the extent begins there, its map, itself.
+    type Event<'e> = (u64, bool, u32, &'e Extent);
+    let mut groups: HashMap<(u32, i64), Vec<Event<'_>>> = HashMap::new();
     for (map, extent) in extents {
         let group = groups.entry(extent.key()).or_default();
         group.push((extent.home.start, true, map, extent));
@@ -101,11 +103,12 @@ pub fn shared<'a>(extents: impl Iterator<Item = (u32, &'a Extent)>) -> Vec<Share
         let mut present: BTreeMap<u32, &Extent> = BTreeMap::new();
         let mut since = 0;
         for (at, starts, map, extent) in events {
-            if at > since && present.len() > 1 {
-                if let Some(whole) = present.values().next() {
-                    let extent = whole.part(&(since..at));
-                    pieces.push(Shared { extent, maps: present.keys().copied().collect() });
-                }
+            if at > since
+                && present.len() > 1
+                && let Some(whole) = present.values().next()
+            {
+                let extent = whole.part(&(since..at));
+                pieces.push(Shared { extent, maps: present.keys().copied().collect() });
             }
             since = at;
             if starts {

@@ -15,6 +15,11 @@ const CHUNK: u64 = 4 << 20;
 /// From how many bytes on a mapping is worth a registration with userfaultfd(2).
 const WORTH_COPYING: u64 = 128 << 10;
 
+/// From how many bytes on a piece is worth a UFFDIO_COPY of its own.
+const LARGE: u64 = 32 << 10;
+/// Most pieces that one call reads (IOV_MAX).
+const VECTORS: usize = 1024;
+
 /// The page files of an image, open and mapped; shard numbers are indexes.
 #[derive(Debug)]
 pub struct PageFiles {
@@ -128,29 +133,30 @@ fn cut(mut job: Job, mappings: &[Range<u64>]) -> Vec<Job> {
 pub fn fill(jobs: Vec<Job>, mappings: &[Range<u64>], pages: &PageFiles, pid: i32) -> Result<(), MemoryError> {
     let pieces = join(jobs).into_iter().flat_map(|job| cut(job, mappings));
     let (fresh, others): (Vec<Job>, Vec<Job>) = pieces.partition(|job| job.fresh);
-    // Those first: a page that is missing in a registered mapping can't be faulted in by read(2).
-    for job in &others {
-        read(job, pages, pid)?;
-    }
+    let mut reads: Vec<&Job> = others.iter().collect();
     let mut copied: Vec<&Job> = Vec::new();
     let mut registered: Vec<&Range<u64>> = Vec::new();
+    // Pieces that may be copied lie in mappings, all of them.
     let mut rest = fresh.as_slice();
     for mapping in mappings {
-        let skipped = rest.partition_point(|job| job.arena < mapping.start);
-        let (before, from) = rest.split_at(skipped);
-        let (inside, after) = from.split_at(from.partition_point(|job| job.arena < mapping.end));
+        let (inside, after) = rest.split_at(rest.partition_point(|job| job.arena < mapping.end));
         rest = after;
-        let large = inside.iter().map(Job::len).sum::<u64>() >= WORTH_COPYING;
-        if large {
+        // Small pieces go by the thousand into one preadv(2).
+        let (large, small): (Vec<&Job>, Vec<&Job>) = inside.iter().partition(|job| job.len() >= LARGE);
+        reads.extend(small);
+        if large.iter().map(|job| job.len()).sum::<u64>() >= WORTH_COPYING {
             registered.push(mapping);
-            copied.extend(inside);
-        }
-        for job in before.iter().chain(if large { &[] } else { inside }) {
-            read(job, pages, pid)?;
+            copied.extend(large);
+        } else {
+            reads.extend(large);
         }
     }
-    for job in rest {
-        read(job, pages, pid)?;
+    reads.sort_by_key(|job| (job.shard, job.offset));
+    // Those first: a page that is missing in a registered mapping can't be faulted in by preadv(2).
+    for batch in reads.chunk_by(|one, two| one.shard == two.shard && one.offset + one.len() == two.offset) {
+        for batch in batch.chunks(VECTORS) {
+            read_batch(batch, pages, pid)?;
+        }
     }
     if copied.is_empty() {
         return Ok(());
@@ -169,6 +175,26 @@ pub fn fill(jobs: Vec<Job>, mappings: &[Range<u64>], pages: &PageFiles, pid: i32
 fn populate(job: &Job) {
     // SAFETY: the job's arena is a mapping of ours.
     unsafe { libc::madvise(job.arena as *mut _, job.len() as usize, libc::MADV_POPULATE_WRITE) };
+}
+
+/// Reads adjoining parts of a page file to several places with one call.
+fn read_batch(jobs: &[&Job], pages: &PageFiles, pid: i32) -> Result<(), MemoryError> {
+    if let [first, _, ..] = jobs {
+        let len: u64 = jobs.iter().map(|job| job.len()).sum();
+        let file = pages.get(first.shard, first.offset.saturating_add(len))?;
+        let places: Vec<_> = jobs
+            .iter()
+            .map(|job| libc::iovec { iov_base: job.arena as *mut _, iov_len: job.len() as usize })
+            .collect();
+        let (fd, count) = (file.file.as_raw_fd(), places.len() as i32);
+        // SAFETY: the kernel writes to the jobs' arenas, mappings of ours that no reference points into.
+        let got = unsafe { libc::preadv(fd, places.as_ptr(), count, first.offset as i64) };
+        if got as u64 == len {
+            return Ok(());
+        }
+    }
+    // One by one, as after an interruption; this also tells which of them fails.
+    jobs.iter().try_for_each(|job| read(job, pages, pid))
 }
 
 fn read(job: &Job, pages: &PageFiles, pid: i32) -> Result<(), MemoryError> {

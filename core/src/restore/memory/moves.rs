@@ -19,6 +19,8 @@ pub struct RestorerMoves {
     pub maps: Vec<Map>,
     /// Arenas and their homes.
     pub moves: Vec<Move>,
+    /// Gaps in what was mapped or moved as one.
+    pub gaps: Vec<Span>,
     /// Protections that differ from those the mappings were made with.
     pub protects: Vec<Setting>,
     /// Advice.
@@ -73,7 +75,12 @@ impl RestorerMoves {
             moves.region(region, arenas);
             // Plugins restore all of their mappings.
             if region.backing != Backing::Plugin {
+                let mut end = region.home.start;
                 for vma in plan.map.vmas.get(region.vmas.clone()).into_iter().flatten() {
+                    if end < vma.start {
+                        moves.gaps.push(span(end..vma.start));
+                    }
+                    end = vma.end;
                     moves.vma(vma, region);
                 }
             }
@@ -149,7 +156,7 @@ impl RestorerMoves {
         }
         if has(vma, VmaAdvice::Locked) {
             let on_fault = has(vma, VmaAdvice::Lockonfault);
-            let flags = if on_fault { libc::MLOCK_ONFAULT as u32 } else { 0 };
+            let flags = if on_fault { libc::MLOCK_ONFAULT } else { 0 };
             push(&mut self.locks, vma, flags, vma.prot == 0);
         }
     }

@@ -106,7 +106,7 @@ impl MemoryPlan {
             let (extents, share) = pages.remove(&map.id).unwrap_or_default();
             let present = join(extents.iter().map(|extent| extent.home.clone()).collect());
             let regions = regions(map, &present)?;
-            check_pages(map.id, &regions, &present)?;
+            check_pages(map, &regions, &present)?;
             shares.insert(map.id, share);
             maps.insert(map.id, MapPlan { map: map.clone(), regions, pages: extents });
         }
@@ -184,16 +184,17 @@ fn extents(record: &PageMap) -> Result<(Vec<Extent>, Vec<bool>), MemoryError> {
 }
 
 /// Pages belong to private mappings.
-fn check_pages(map: u32, regions: &[Region], present: &[Range<u64>]) -> Result<(), MemoryError> {
+fn check_pages(map: &MemoryMap, regions: &[Region], present: &[Range<u64>]) -> Result<(), MemoryError> {
     let private: Vec<_> = regions
         .iter()
         .filter(|region| region.backing.is_private())
-        .map(|region| region.home.clone())
+        .flat_map(|region| map.vmas.get(region.vmas.clone()).into_iter().flatten())
+        .map(|vma| vma.start..vma.end)
         .collect();
     let private = join(private);
     match present.iter().flat_map(|range| subtract(range, &private)).next() {
         Some(stray) => Err(MemoryError::Damaged {
-            map,
+            map: map.id,
             what: "pages outside every private mapping",
             address: stray.start,
         }),

@@ -74,7 +74,7 @@ fn a_task_between_overwrites_and_discards() {
     let between = plan.task(2).unwrap();
     assert_eq!(between.fill.len(), 1);
     assert!(between.fill[0].over);
-    assert_eq!(between.discard, [HEAP + 2 * PAGE..HEAP + 3 * PAGE]);
+    assert_eq!(between.discard, std::slice::from_ref(&(HEAP + 2 * PAGE..HEAP + 3 * PAGE)));
     assert!(plan.task(3).unwrap().fill.is_empty());
     assert!(plan.task(3).unwrap().discard.is_empty());
 }
