@@ -18,6 +18,8 @@ pub struct Test {
     pub name: String,
     /// Takes minutes or gigabytes.
     pub heavy: bool,
+    /// Needs the machine's own pid namespace, and is harmless enough for it.
+    pub outside: bool,
     /// What happens inside the sandbox.
     pub play: Play,
 }
@@ -28,7 +30,7 @@ impl Test {
         name: impl Into<String>,
         play: impl Fn(&str) -> Result<(), Failure> + Send + Sync + 'static,
     ) -> Test {
-        Test { name: name.into(), heavy: false, play: Box::new(play) }
+        Test { name: name.into(), heavy: false, outside: false, play: Box::new(play) }
     }
 }
 
@@ -65,6 +67,9 @@ pub fn main(tests: Vec<Test>) -> ExitCode {
     if let [_, flag, name] = &args[..]
         && flag == sandbox::ENTER
     {
+        if tests.iter().any(|test| test.name == *name && test.outside) {
+            std::process::exit(play(&tests, name));
+        }
         sandbox::enter(|| play(&tests, name));
     }
     let mut arguments = Arguments::from_args();

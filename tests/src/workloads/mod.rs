@@ -18,6 +18,8 @@ pub struct Workload {
     pub steady: bool,
     /// Whether it may run in namespaces of its own.
     pub anywhere: bool,
+    /// Only for the fault tests.
+    pub apart: bool,
     run: fn(&Ctl) -> Outcome,
 }
 
@@ -35,6 +37,7 @@ macro_rules! workloads {
                 heavy: false,
                 steady: true,
                 anywhere: true,
+                apart: false,
                 run: $name::run,
             };
             $(workloads!(@mark workload $mark);)*
@@ -43,6 +46,7 @@ macro_rules! workloads {
     };
     (@mark $workload:ident heavy) => { $workload.heavy = true };
     (@mark $workload:ident unsteady) => { $workload.steady = false };
+    (@mark $workload:ident apart) => { $workload.apart = true };
     (@mark $workload:ident host) => { $workload.anywhere = false };
 }
 
@@ -107,6 +111,8 @@ workloads! {
     ns_tree: "a tree in fresh user, mount and pid namespaces", host;
     ns_mounts: "proc, tmpfs with content and bind mounts";
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
+    mixture: "many behaviours in one tree";
+    unclaimed: "descriptors that only the tests' plugin claims", apart;
 }
 
 /// The workload of a name.

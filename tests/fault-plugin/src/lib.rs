@@ -1,0 +1,96 @@
+//! A plugin that misbehaves on request: `STASIS_FAULT=HOOK:ACTION` in the environment of the command, with the hooks'
+//! names below (lifecycle events by their names in the API) and the actions of [`misbehave`].
+//!
+//! It claims inotify instances without watches, so that a tree that holds one needs it.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use nix::sys::inotify::{InitFlags, Inotify};
+use stasis_plugin_api::{
+    Described, Descriptor, Dumped, Event, HandleInfo, HookError, Host, Lifecycle, ObjectInfo, Result,
+    Selector, export_plugin, register,
+};
+
+mod records {
+    include!(concat!(env!("OUT_DIR"), "/records.rs"));
+}
+use records::stasis::fault::v1::Quiet;
+
+/// Does what the environment asks for in this hook.
+fn misbehave(hook: &str) -> Result<()> {
+    let Ok(wish) = std::env::var("STASIS_FAULT") else { return Ok(()) };
+    let Some((_, action)) = wish.split_once(':').filter(|(at, _)| *at == hook) else { return Ok(()) };
+    match action {
+        "error" => Err(HookError::invalid(format!("a fault on request in {hook}"))),
+        "panic" => panic!("a panic on request in {hook}"),
+        "abort" => std::process::abort(),
+        "exit" => std::process::exit(0),
+        "segv" => {
+            // SAFETY: a signal to ourselves that ends this process, as was asked for.
+            unsafe { libc::raise(libc::SIGSEGV) };
+            Ok(())
+        }
+        "hang" => loop {
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        },
+        _ => Ok(()),
+    }
+}
+
+struct Watched;
+
+impl Descriptor for Watched {
+    type Record = Quiet;
+    const KIND: &'static str = "fault";
+
+    fn selectors(&self) -> Vec<Selector> {
+        vec![Selector::AnonInode("inotify".into())]
+    }
+
+    fn describe(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
+        misbehave("describe")?;
+        Ok(Described {
+            identity: handle.id.to_string().into(),
+            description: "inotify".into(),
+            ..Described::default()
+        })
+    }
+
+    fn dump(&self, _: &Host<'_>, _: &ObjectInfo) -> Result<Dumped<Quiet>> {
+        misbehave("dump")?;
+        Ok(Dumped::new(Quiet { flags: 0 }))
+    }
+
+    fn commit(&self, _: &Host<'_>, _: &ObjectInfo) -> Result<()> {
+        misbehave("commit")
+    }
+
+    fn create(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<Vec<OwnedFd>> {
+        misbehave("create")?;
+        let instance =
+            Inotify::init(InitFlags::empty()).map_err(|errno| HookError::failed("inotify_init1", errno))?;
+        Ok(vec![instance.into()])
+    }
+
+    fn link(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<()> {
+        misbehave("link")
+    }
+
+    fn settle(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<()> {
+        misbehave("settle")
+    }
+}
+
+struct Events;
+
+impl Lifecycle for Events {
+    const KIND: &'static str = "fault-events";
+
+    fn event(&self, _: &Host<'_>, event: Event) -> Result<()> {
+        misbehave(&format!("{event:?}"))
+    }
+}
+
+register!(descriptor: Watched);
+register!(lifecycle: Events);
+export_plugin! { name: "fault", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
