@@ -274,6 +274,67 @@ fn any_change_is_noticed() {
     }
 }
 
+/// Writes `core.img` anew with one byte of a record changed and every checksum right: what a malicious author can do.
+fn forge(directory: &Path, good: &[u8], at: usize, value: u8) -> bool {
+    let (mut file, mut checksums, mut records, mut seen) = (good[..12].to_vec(), Vec::new(), 0u64, 0);
+    let mut rest = &good[12..];
+    let mut changed = false;
+    while rest.len() > 12 && rest[..2] != 14u16.to_le_bytes() {
+        let length = u32::from_le_bytes(rest[4..8].try_into().unwrap()) as usize;
+        let mut payload = rest[12..12 + length].to_vec();
+        if (seen..seen + length).contains(&at) {
+            payload[at - seen] = value;
+            changed = true;
+        }
+        seen += length;
+        let checksum = crc32fast::hash(&[&rest[..8], &payload].concat()).to_le_bytes();
+        file.extend([&rest[..8], &checksum, &payload].concat());
+        checksums.extend(checksum);
+        records += 1;
+        rest = &rest[12 + length..];
+    }
+    let total = crc32fast::hash(&checksums);
+    let trailer = prost::Message::encode_to_vec(&Trailer { records, checksum: total });
+    let head =
+        [&14u16.to_le_bytes()[..], &1u16.to_le_bytes(), &(trailer.len() as u32).to_le_bytes()].concat();
+    let checksum = crc32fast::hash(&[&head[..], &trailer].concat()).to_le_bytes();
+    file.extend([&head[..], &checksum, &trailer].concat());
+    fs::write(directory.join(CORE_FILE), &file).unwrap();
+    let manifest = fs::read_to_string(directory.join(MANIFEST_FILE)).unwrap();
+    let mut lines: Vec<String> = manifest.lines().map(Into::into).collect();
+    lines.pop();
+    for line in lines.iter_mut().filter(|line| line.starts_with(CORE_FILE)) {
+        *line = format!("{CORE_FILE} {} {total:08x}", file.len());
+    }
+    let text = lines.join("\n") + "\n";
+    let manifest = format!("{text}checksum {:08x}\n", crc32fast::hash(text.as_bytes()));
+    fs::write(directory.join(MANIFEST_FILE), manifest).unwrap();
+    changed
+}
+
+#[test]
+fn forged_records_never_panic() {
+    let directory = tempfile::tempdir().unwrap();
+    Parts::new().write(directory.path()).unwrap();
+    let good = fs::read(directory.path().join(CORE_FILE)).unwrap();
+    forge(directory.path(), &good, usize::MAX, 0);
+    Image::open(directory.path()).expect("forging without a change changes nothing");
+    let (mut refused, mut at) = (0, 0);
+    while forge(directory.path(), &good, at, 0) {
+        for value in [0, 2, 0x7f, 0xff] {
+            forge(directory.path(), &good, at, value);
+            match Image::open(directory.path()) {
+                Ok(image) => drop(image.verify_pages(1)),
+                Err(_) => refused += 1,
+            }
+            // Shows what it can.
+            let _ = Image::inspect(directory.path());
+        }
+        at += 1;
+    }
+    assert!(at > 500 && refused > 200, "{refused} of {at} bytes");
+}
+
 #[test]
 fn lengths_are_not_believed() {
     let directory = tempfile::tempdir().unwrap();

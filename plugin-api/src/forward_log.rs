@@ -87,4 +87,6 @@ impl Subscriber for Forward {
 pub extern "C" fn install(sink: LogSink) {
     // An error means that a dispatcher is already set, as when a plugin is loaded twice: its events are forwarded then.
     let _ = tracing::dispatcher::set_global_default(tracing::Dispatch::new(Forward(sink)));
+    // A library has a panic hook of its own as well; the error that a panic becomes has the message, the log the place.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
 }

@@ -229,7 +229,8 @@ impl Human<'_> {
 
     fn memory(&self, out: &mut impl Write) -> io::Result<()> {
         for (id, map) in &self.image.memory_maps {
-            let mapped: u64 = map.vmas.iter().map(|vma| vma.end - vma.start.min(vma.end)).sum();
+            let mapped: u64 =
+                map.vmas.iter().fold(0, |sum, vma| sum.saturating_add(vma.end.saturating_sub(vma.start)));
             let pages = self.image.page_maps.get(id).map_or(0, stored);
             writeln!(
                 out,
@@ -317,7 +318,7 @@ impl Human<'_> {
 }
 
 fn stored(map: &PageMap) -> u64 {
-    map.extents.iter().map(|extent| u64::from(extent.pages) * 4096).sum()
+    map.extents.iter().fold(0, |sum, extent| sum.saturating_add(u64::from(extent.pages) * 4096))
 }
 
 fn plural(count: usize) -> &'static str {

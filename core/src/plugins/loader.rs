@@ -246,7 +246,7 @@ fn check_layout(header: &LibHeader, older: bool) -> Result<(), String> {
         // The whole text has 1,400 lines; the first `Error:` block says what it is.
         let text = errors.to_string();
         let block = text.split("Error:").nth(1).unwrap_or(&text);
-        one_line(&block.lines().take(4).collect::<Vec<_>>().join(" "))
+        one_line(&block.lines().take(6).collect::<Vec<_>>().join(" "))
     })
 }
 
