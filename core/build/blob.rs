@@ -80,7 +80,9 @@ fn flatten(file: &[u8], out: &Path, name: &str) -> io::Result<()> {
         match relocation.flags() {
             RelocationFlags::Elf { r_type: elf::R_X86_64_RELATIVE } => {}
             other => {
-                return Err(bad(format!("relocation {other:?} at {offset:#x}: an undefined symbol, or TLS?")));
+                return Err(bad(format!(
+                    "relocation {other:?} at {offset:#x}: an undefined symbol, or TLS?"
+                )));
             }
         }
         image[offset as usize..][..8].copy_from_slice(&(relocation.addend() as u64).to_le_bytes());

@@ -3,13 +3,16 @@
 //! ARCHITECTURE.md is the map. Core knows processes, threads, memory, descriptor tables and path-backed files; every other
 //! resource is known by exactly one plugin (see `stasis-plugin-api`).
 
+pub mod arch;
 pub mod files;
 pub mod front;
+pub mod guardian;
 pub mod image;
 pub mod inject;
 pub mod memory;
 pub mod plugins;
 pub mod proc;
+pub mod ptrace;
 pub mod restore;
 pub mod task;
 pub mod tree;

@@ -6,7 +6,6 @@ const PAGE: u64 = 4096;
 /// One pwritev: large enough that its cost does not count.
 const CHUNK: u64 = 8 << 20;
 const EFBIG: i64 = -27;
-const EFAULT: i64 = -14;
 const EIO: i64 = -5;
 const EINTR: i64 = -4;
 const RLIMIT_FSIZE: u64 = 1;
@@ -39,24 +38,32 @@ fn file_limit() -> u64 {
     }
 }
 
-/// What is gathered for one pwritev.
-struct Gathered {
+/// Where the work is; the call's own fields say only what is certain, so that they hold even if it is broken off.
+struct Work {
+    /// Vectors gathered for one pwritev.
     count: usize,
+    /// Their bytes.
     bytes: u64,
+    /// Where in the file they go.
+    offset: u64,
+    /// Bytes written.
+    written: u64,
+    /// Zero runs noted.
+    zeros: usize,
 }
 
-/// Writes `gathered` vectors; on an error as much as was possible.
-fn flush(call: &mut WritePages, gathered: &mut Gathered, limit: u64) -> i64 {
+/// Writes what is gathered.
+fn flush(call: &mut WritePages, work: &mut Work, limit: u64) -> i64 {
     let mut first = 0;
-    while first < gathered.count {
-        if call.offset.saturating_add(gathered.bytes) > limit {
+    while first < work.count {
+        if work.offset.saturating_add(work.bytes) > limit {
             return EFBIG;
         }
-        let vectors = &call.vector[first] as *const ZeroRun as u64;
-        let count = (gathered.count - first) as u64;
+        let vectors = &raw const call.vector[first] as u64;
+        let count = (work.count - first) as u64;
         // SAFETY: a ZeroRun is laid out as struct iovec; a bad address makes the kernel answer EFAULT.
         let wrote =
-            unsafe { sys::syscall(sys::PWRITEV, [call.fd as u64, vectors, count, call.offset, 0, 0]) };
+            unsafe { sys::syscall(sys::PWRITEV, [call.fd as u64, vectors, count, work.offset, 0, 0]) };
         if wrote == EINTR {
             continue;
         }
@@ -64,10 +71,10 @@ fn flush(call: &mut WritePages, gathered: &mut Gathered, limit: u64) -> i64 {
             return if wrote == 0 { EIO } else { wrote };
         }
         let mut left = wrote as u64;
-        call.offset += left;
-        call.written += left;
-        gathered.bytes -= left;
-        while left > 0 && first < gathered.count {
+        work.offset += left;
+        work.written += left;
+        work.bytes -= left;
+        while left > 0 && first < work.count {
             let vector = &mut call.vector[first];
             let part = if left < vector.len { left } else { vector.len };
             vector.address += part;
@@ -78,13 +85,13 @@ fn flush(call: &mut WritePages, gathered: &mut Gathered, limit: u64) -> i64 {
             }
         }
     }
-    *gathered = Gathered { count: 0, bytes: 0 };
+    (work.count, work.bytes) = (0, 0);
     0
 }
 
-/// Adds a run to the zero list, or lengthens its last; false if the list is full.
-fn note_zero(call: &mut WritePages, address: u64) -> bool {
-    let n = call.zeros as usize;
+/// Adds a page to the zero runs; false if there is no room.
+fn note_zero(call: &mut WritePages, work: &mut Work, address: u64) -> bool {
+    let n = work.zeros;
     if n > 0 && call.zero[n - 1].address + call.zero[n - 1].len == address {
         call.zero[n - 1].len += PAGE;
         return true;
@@ -93,18 +100,29 @@ fn note_zero(call: &mut WritePages, address: u64) -> bool {
         return false;
     }
     call.zero[n] = ZeroRun { address, len: PAGE };
-    call.zeros += 1;
+    work.zeros += 1;
     true
 }
 
-/// The command. `next_range`/`next_offset` advance only past what is in the file or in the zero list.
+/// Adds bytes to what is gathered.
+fn gather(call: &mut WritePages, work: &mut Work, address: u64, len: u64) {
+    let n = work.count;
+    if n > 0 && call.vector[n - 1].address + call.vector[n - 1].len == address {
+        call.vector[n - 1].len += len;
+    } else {
+        call.vector[n] = ZeroRun { address, len };
+        work.count += 1;
+    }
+    work.bytes += len;
+}
+
+/// The command.
 pub fn write(call: &mut WritePages) -> i64 {
     let limit = file_limit();
-    let mut gathered = Gathered { count: 0, bytes: 0 };
+    let mut work = Work { count: 0, bytes: 0, offset: call.offset, written: 0, zeros: 0 };
     let ranges = if call.ranges as usize > RANGES_AT_ONCE { RANGES_AT_ONCE } else { call.ranges as usize };
     let (mut range, mut done) = (call.next_range as usize, call.next_offset);
-    let mut result = 0;
-    while range < ranges && call.written + gathered.bytes < BYTES_AT_ONCE {
+    while range < ranges && work.written + work.bytes < BYTES_AT_ONCE {
         let current = call.range[range];
         if done >= current.len {
             range += 1;
@@ -112,47 +130,40 @@ pub fn write(call: &mut WritePages) -> i64 {
             continue;
         }
         let address = current.address + done;
-        let step = if current.flags & RAW != 0 {
-            let rest = current.len - done;
-            let room = CHUNK - gathered.bytes;
-            if rest < room { rest } else { room }
-        } else {
-            // SAFETY: the guardian lists only pages that can be read; it falls back to reading from outside if the
-            // task was killed by a fault here, which it sees as a SIGSEGV stop.
-            if unsafe { is_zero(address) } {
-                if !note_zero(call, address) {
-                    break;
-                }
-                done += PAGE;
-                continue;
-            }
-            PAGE
-        };
-        let n = gathered.count;
-        if n > 0 && call.vector[n - 1].address + call.vector[n - 1].len == address {
-            call.vector[n - 1].len += step;
-        } else {
-            call.vector[n] = ZeroRun { address, len: step };
-            gathered.count += 1;
-        }
-        gathered.bytes += step;
-        done += step;
-        if gathered.bytes >= CHUNK || gathered.count == call.vector.len() {
-            result = flush(call, &mut gathered, limit);
-            if result != 0 {
+        let mut step = PAGE;
+        if current.flags & RAW != 0 {
+            let (rest, room) = (current.len - done, CHUNK - work.bytes);
+            step = if rest < room { rest } else { room };
+        // SAFETY: the guardian lists only pages that can be read. If the page went away (a truncated file), the fault
+        // stops this thread, and what the call's fields say is still right.
+        } else if unsafe { is_zero(address) } {
+            if !note_zero(call, &mut work, address) {
                 break;
             }
-            (call.next_range, call.next_offset) = (range as u64, done);
+            done += PAGE;
+            continue;
+        }
+        gather(call, &mut work, address, step);
+        done += step;
+        if work.bytes >= CHUNK || work.count == call.vector.len() {
+            let result = flush(call, &mut work, limit);
+            if result != 0 {
+                return result;
+            }
+            commit(call, &work, range, done);
         }
     }
-    if result == 0 && gathered.count > 0 {
-        result = flush(call, &mut gathered, limit);
-    }
+    let result = flush(call, &mut work, limit);
     if result == 0 {
-        (call.next_range, call.next_offset) = (range as u64, done);
-    }
-    if result == EFAULT && call.written == 0 {
-        return EFAULT;
+        commit(call, &work, range, done);
     }
     result
+}
+
+/// All up to here is in the file or in the zero runs.
+fn commit(call: &mut WritePages, work: &Work, range: usize, done: u64) {
+    call.written = work.written;
+    call.zeros = work.zeros as u64;
+    call.next_range = range as u64;
+    call.next_offset = done;
 }

@@ -23,6 +23,9 @@ pub const STACK: u64 = 16384;
 /// Room for one thread's argument block and stack.
 pub const THREAD_SLOT: u64 = 8192;
 
+/// The number of the system call (there is none) that ends a call whose process ignores SIGTRAP.
+pub const DONE: u64 = 0x7fff_5741;
+
 /// What the parasite leaves in rax if it panicked.
 pub const PANICKED: u64 = 0x5741_5349_5344_4541;
 
@@ -205,17 +208,17 @@ pub const BYTES_AT_ONCE: u64 = 64 << 20;
 pub struct WritePages {
     /// [`command::WRITE_PAGES`].
     pub command: u64,
-    /// 0, or the negative errno that ended it; what `written` says is in the file in any case.
+    /// 0, or the negative errno that ended it; the other answers hold in any case.
     pub result: i64,
     /// The file, as a descriptor of the task.
     pub fd: i64,
     /// Where in the file to go on.
     pub offset: u64,
-    /// Out: bytes written by this call.
+    /// Out: bytes from `offset` on that hold what precedes `next_range` and `next_offset`.
     pub written: u64,
     /// Number of ranges.
     pub ranges: u64,
-    /// Out: the first range that is not finished; `ranges` if all are.
+    /// In and out: the first range that is not finished; `ranges` if all are.
     pub next_range: u64,
     /// In and out: bytes of that range which are done with.
     pub next_offset: u64,

@@ -1,0 +1,83 @@
+//! What must be undone besides the state of the tasks themselves, which the tree knows: cgroups, descriptors.
+
+use super::{GuardianError, wait::Waiter};
+use crate::inject::run::Patience;
+use std::{
+    borrow::Cow,
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// A cgroup that was frozen while its tasks were seized.
+///
+/// Frozen tasks cannot run injected code, so it is thawed as soon as every task has a stop pending, and frozen again at the end
+/// if it was frozen before.
+#[derive(Debug)]
+pub struct Freezer {
+    directory: PathBuf,
+    /// Version 1 has freezer.state, version 2 cgroup.freeze.
+    version_1: bool,
+    was_frozen: bool,
+}
+
+impl Freezer {
+    /// Freezes and waits until it is so.
+    pub fn freeze(directory: &Path, deadline: Instant, waiter: &mut Waiter) -> Result<Self, GuardianError> {
+        let version_1 = directory.join("freezer.state").exists();
+        let mut freezer = Self { directory: directory.to_path_buf(), version_1, was_frozen: false };
+        freezer.was_frozen = freezer.is_frozen()?;
+        freezer.set(true)?;
+        while !freezer.is_frozen()? {
+            if Instant::now() >= deadline {
+                freezer.thaw()?;
+                return Err(freezer.error("freezing", &io::Error::from_raw_os_error(libc::ETIMEDOUT)));
+            }
+            waiter.wait(Instant::now() + Duration::from_millis(1));
+        }
+        Ok(freezer)
+    }
+
+    fn is_frozen(&self) -> Result<bool, GuardianError> {
+        let (file, wanted) =
+            if self.version_1 { ("freezer.state", "FROZEN") } else { ("cgroup.events", "frozen 1") };
+        let text =
+            fs::read_to_string(self.directory.join(file)).map_err(|error| self.error("reading", &error))?;
+        Ok(text.lines().any(|line| line == wanted))
+    }
+
+    fn set(&self, frozen: bool) -> Result<(), GuardianError> {
+        let (file, text) = match (self.version_1, frozen) {
+            (true, true) => ("freezer.state", "FROZEN"),
+            (true, false) => ("freezer.state", "THAWED"),
+            (false, true) => ("cgroup.freeze", "1"),
+            (false, false) => ("cgroup.freeze", "0"),
+        };
+        let operation = if frozen { "freezing" } else { "thawing" };
+        fs::write(self.directory.join(file), text).map_err(|error| self.error(operation, &error))
+    }
+
+    /// Lets its tasks run, as far as ptrace lets them.
+    pub fn thaw(&self) -> Result<(), GuardianError> {
+        self.set(false)
+    }
+
+    /// As it was before.
+    pub fn put_back(&self) -> Result<(), GuardianError> {
+        self.set(self.was_frozen)
+    }
+
+    fn error(&self, operation: &'static str, error: &io::Error) -> GuardianError {
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        GuardianError::Cgroup { operation: Cow::Borrowed(operation), path: self.directory.clone(), errno }
+    }
+}
+
+/// The journal of a dump.
+#[derive(Debug, Default)]
+pub struct Journal {
+    /// A frozen cgroup.
+    pub freezer: Option<Freezer>,
+    /// Descriptors that were installed in a task: process, number.
+    pub descriptors: Vec<(i32, i32)>,
+}

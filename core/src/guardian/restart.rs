@@ -1,0 +1,225 @@
+//! What remains of an interrupted sleep.
+//!
+//! A call that returned ERESTART_RESTARTBLOCK keeps its absolute expiry inside the kernel, where no interface shows it. But once
+//! the thread sleeps on, its timer is in /proc/timer_list, and is gone when the thread is stopped again. With many such
+//! threads, each is let sleep in those rounds that the bits of its number name; a timer that was there in just those rounds
+//! is that thread's. No thread runs a user instruction: it is followed from system call stop to system call stop.
+
+use super::{
+    GuardianError,
+    protocol::Restart,
+    tree::{Thread, Tree},
+    wait::Waiter,
+};
+use crate::{
+    arch::{ERESTART_RESTARTBLOCK, Registers, restartable},
+    inject::run::Patience,
+    ptrace::{Stop, Tracee, who},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    time::{Duration, Instant},
+};
+
+/// How long a thread may take to fall asleep again, or to stop.
+const MOMENT: Duration = Duration::from_millis(200);
+
+/// A timer: number of its clock base, absolute expiry on it.
+type Timer = (u32, i64);
+
+/// Notes the remaining time of all interrupted sleeps in the tree, and updates the registers of those that are over.
+pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
+    let mut sleepers: Vec<&mut Thread> =
+        tree.threads_mut().map(|(_, thread)| thread).filter(|thread| is_sleeper(thread)).collect();
+    if sleepers.is_empty() {
+        return Ok(());
+    }
+    let mut seen: BTreeMap<Timer, usize> = BTreeMap::new();
+    let bits = usize::BITS - sleepers.len().leading_zeros();
+    // The last round has all of them: what appears only by chance is not in it.
+    for round in 0..=bits {
+        let takes_part = |index: usize| round == bits || (index + 1) >> round & 1 == 1;
+        let before = timers();
+        let chosen: Vec<&mut &mut Thread> =
+            sleepers.iter_mut().enumerate().filter(|(index, _)| takes_part(*index)).map(|(_, t)| t).collect();
+        let during = sleep_on(chosen, waiter)?;
+        for timer in during.difference(&before) {
+            *seen.entry(*timer).or_default() |= 1 << round;
+        }
+    }
+    let now = base_times();
+    for (index, thread) in sleepers.into_iter().enumerate() {
+        let Some(saved) = &thread.saved else { continue };
+        if saved.registers.result() != ERESTART_RESTARTBLOCK {
+            continue;
+        }
+        let pattern = (index + 1) | 1 << bits;
+        let mut own = seen.iter().filter(|(_, rounds)| **rounds == pattern).map(|(timer, _)| *timer);
+        let remaining_ns = match (own.next(), own.next()) {
+            (Some((base, expiry)), None) => now.get(&base).map(|now| (expiry - now).max(0)),
+            _ => None,
+        };
+        let (syscall, clock) = call_of(&saved.registers, thread.tracee.id().tid);
+        thread.restart = Some(Restart { syscall, clock, remaining_ns });
+    }
+    Ok(())
+}
+
+fn is_sleeper(thread: &Thread) -> bool {
+    let interrupted = |saved: &crate::inject::run::Saved| saved.registers.result() == ERESTART_RESTARTBLOCK;
+    // Only from the first stop the kernel restarts by itself; and once known, it is known.
+    thread.restart.is_none()
+        && thread.saved.as_ref().is_some_and(interrupted)
+        && thread.tracee.stopped().is_ok_and(|stopped| stopped.stop() == Stop::Interrupted)
+}
+
+/// Which call it is, and by which clock it sleeps.
+fn call_of(registers: &Registers, tid: i32) -> (u64, i32) {
+    let syscall = match registers.orig_rax {
+        restartable::RESTART_SYSCALL => guess(registers, tid),
+        number => number,
+    };
+    let clock =
+        if syscall == restartable::CLOCK_NANOSLEEP { registers.rdi as i32 } else { libc::CLOCK_MONOTONIC };
+    (syscall, clock)
+}
+
+/// A call that was interrupted before has lost its number, but not its arguments: a clock is a small number and a pointer is none;
+/// the operation of a futex wait is 0 or 128, the count of descriptors never matches both.
+fn guess(registers: &Registers, tid: i32) -> u64 {
+    let stack = fs::read_to_string(format!("/proc/{tid}/stack")).unwrap_or_default();
+    if stack.contains("futex") {
+        restartable::FUTEX
+    } else if stack.contains("poll") {
+        restartable::POLL
+    } else if registers.rdi < 16 {
+        restartable::CLOCK_NANOSLEEP
+    } else {
+        restartable::NANOSLEEP
+    }
+}
+
+/// Lets the threads go on sleeping, and tells which timers there are meanwhile.
+fn sleep_on(threads: Vec<&mut &mut Thread>, waiter: &mut Waiter) -> Result<BTreeSet<Timer>, GuardianError> {
+    let mut threads = threads;
+    for thread in &mut threads {
+        // No signal is delivered meanwhile.
+        thread.tracee.stopped()?.set_signal_mask(u64::MAX)?;
+        thread.touched = true;
+        thread.tracee.resume(|stopped| stopped.cont_to_syscall());
+    }
+    let deadline = Instant::now() + MOMENT;
+    // To the entry of restart_syscall, and on.
+    for thread in &mut threads {
+        stop_at(thread, waiter, deadline);
+        thread.tracee.resume(|stopped| stopped.cont_to_syscall());
+    }
+    for thread in &mut threads {
+        let tid = thread.tracee.id().tid;
+        while who::Stat::read(tid).is_some_and(|stat| stat.state == b'R') && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+    }
+    let during = timers();
+    for thread in &mut threads {
+        if let Tracee::Running(running) = &thread.tracee {
+            running.interrupt();
+        }
+    }
+    for thread in threads {
+        settle(thread, waiter)?;
+    }
+    Ok(during)
+}
+
+fn stop_at(thread: &mut Thread, waiter: &mut Waiter, deadline: Instant) {
+    while thread.tracee.poll() && waiter.wait(deadline) {}
+}
+
+/// From the exit of the system call to a stop from which the kernel restarts it; notes the result.
+fn settle(thread: &mut Thread, waiter: &mut Waiter) -> Result<(), GuardianError> {
+    let deadline = Instant::now() + MOMENT;
+    loop {
+        stop_at(thread, waiter, deadline);
+        let stopped = thread.tracee.stopped()?;
+        if stopped.stop() == Stop::Interrupted {
+            break;
+        }
+        stopped.interrupt();
+        thread.tracee.resume(|stopped| stopped.cont(0));
+    }
+    let registers = thread.tracee.stopped()?.registers()?;
+    if let Some(saved) = &mut thread.saved {
+        // The kernel now calls it restart_syscall; we keep the number of the call itself.
+        if registers.result() != ERESTART_RESTARTBLOCK {
+            saved.registers = registers;
+        }
+        thread.tracee.stopped()?.set_signal_mask(saved.signal_mask)?;
+    }
+    Ok(())
+}
+
+/// The sleepers' timers of the whole machine.
+fn timers() -> BTreeSet<Timer> {
+    parse_timers(&fs::read_to_string("/proc/timer_list").unwrap_or_default())
+}
+
+fn parse_timers(text: &str) -> BTreeSet<Timer> {
+    let (mut found, mut base, mut is_sleeper) = (BTreeSet::new(), 0, false);
+    for line in text.lines().map(str::trim_start) {
+        if let Some(rest) = line.strip_prefix("clock ") {
+            base = rest.trim_end_matches(':').parse().unwrap_or(0);
+        } else if let Some(rest) = line.strip_prefix("# expires at ") {
+            let soft = rest.split('-').next().and_then(|number| number.parse().ok());
+            if let (true, Some(expiry)) = (is_sleeper, soft) {
+                found.insert((base, expiry));
+            }
+        } else if line.starts_with('#') {
+            is_sleeper = line.contains("hrtimer_wakeup");
+        }
+    }
+    found
+}
+
+/// The present time of every clock base.
+fn base_times() -> BTreeMap<u32, i64> {
+    parse_base_times(&fs::read_to_string("/proc/timer_list").unwrap_or_default())
+}
+
+fn parse_base_times(text: &str) -> BTreeMap<u32, i64> {
+    let (mut now, mut base, mut times) = (0i64, 0, BTreeMap::new());
+    let number = |rest: &str| rest.split_ascii_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
+    for line in text.lines().map(str::trim_start) {
+        if let Some(rest) = line.strip_prefix("now at ") {
+            now = number(rest);
+        } else if let Some(rest) = line.strip_prefix("clock ") {
+            base = rest.trim_end_matches(':').parse().unwrap_or(0);
+        } else if let Some(rest) = line.strip_prefix(".offset:") {
+            times.insert(base, now + number(rest));
+        }
+    }
+    times
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIST: &str =
+        "now at 100 nsecs\n\ncpu: 0\n clock 0:\n  .index:      0\n  .offset:     0 nsecs\nactive timers:
+ #0: <000000001>, tick_nohz_handler, S:01
+ # expires at 200-200 nsecs [in 100 to 100 nsecs]
+ #1: <000000002>, hrtimer_wakeup, S:01
+ # expires at 300-350 nsecs [in 200 to 250 nsecs]
+ clock 2:\n  .index: 2\n  .offset:     7 nsecs\nactive timers:
+ #0: <000000003>, hrtimer_wakeup, S:01
+ # expires at 400-400 nsecs [in 293 to 293 nsecs]
+";
+
+    #[test]
+    fn only_sleepers_count() {
+        assert_eq!(parse_timers(LIST), BTreeSet::from([(0, 300), (2, 400)]));
+        assert_eq!(parse_base_times(LIST), BTreeMap::from([(0, 100), (2, 107)]));
+    }
+}

@@ -1,0 +1,118 @@
+//! The little that has to be known of a task from /proc, without allocation of whole tables.
+
+use std::fs;
+
+/// PF_KTHREAD (include/linux/sched.h).
+const KERNEL_THREAD: u64 = 0x0020_0000;
+
+/// The task's name; empty if it is gone.
+pub fn name(tid: i32) -> String {
+    let text = fs::read(format!("/proc/{tid}/comm")).unwrap_or_default();
+    String::from_utf8_lossy(&text).trim_end().to_string()
+}
+
+/// State letter, flags and parent of a thread (proc_pid_stat(5)); `None` if it is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stat {
+    /// R, S, D, T, t, Z, ...
+    pub state: u8,
+    /// Parent.
+    pub parent: i32,
+    /// PF_*.
+    pub flags: u64,
+    /// Signals 1 to 31 that the process ignores; bit 0 is signal 1.
+    pub ignored: u64,
+}
+
+impl Stat {
+    /// Reads it.
+    pub fn read(tid: i32) -> Option<Self> {
+        let text = fs::read(format!("/proc/{tid}/stat")).ok()?;
+        // The name may hold anything but ends at the last parenthesis.
+        let end = text.iter().rposition(|&byte| byte == b')')?;
+        let rest = std::str::from_utf8(text.get(end + 2..)?).ok()?;
+        let mut fields = rest.split(' ');
+        let state = *fields.next()?.as_bytes().first()?;
+        let parent = fields.next()?.parse().ok()?;
+        let flags = fields.nth(4)?.parse().ok()?;
+        let ignored = fields.nth(23)?.parse().ok()?;
+        Some(Self { state, parent, flags, ignored })
+    }
+
+    /// Dead, not reaped.
+    pub fn is_zombie(&self) -> bool {
+        matches!(self.state, b'Z' | b'X')
+    }
+
+    /// Made by the kernel for itself.
+    pub fn is_kernel_thread(&self) -> bool {
+        self.flags & KERNEL_THREAD != 0
+    }
+}
+
+/// A field of /proc/TID/status.
+pub fn status_field(tid: i32, field: &str) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    let value =
+        |line: &str| line.strip_prefix(field)?.strip_prefix(':').map(|value| value.trim().to_string());
+    text.lines().find_map(value)
+}
+
+/// Who traces the thread; 0 if nobody.
+pub fn tracer(tid: i32) -> i32 {
+    status_field(tid, "TracerPid").and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+/// The thread's id in every pid namespace from ours inwards; empty if it is gone.
+pub fn namespace_ids(tid: i32) -> Vec<i32> {
+    let text = status_field(tid, "NSpid").unwrap_or_default();
+    text.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect()
+}
+
+/// The process that a thread belongs to.
+pub fn process_of(tid: i32) -> Option<i32> {
+    status_field(tid, "Tgid")?.parse().ok()
+}
+
+/// A signal mask of /proc/TID/status (`SigIgn`, `SigCgt`, ...); bit 0 is signal 1.
+pub fn signal_set(tid: i32, field: &str) -> u64 {
+    status_field(tid, field).and_then(|text| u64::from_str_radix(&text, 16).ok()).unwrap_or(0)
+}
+
+/// The threads of a process; empty if it is gone.
+pub fn threads(pid: i32) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The children that a thread has forked (CONFIG_PROC_CHILDREN). Complete if all are stopped.
+pub fn children(pid: i32, tid: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
+    text.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect()
+}
+
+/// The system call a thread is in, and its first argument (/proc/TID/syscall).
+pub fn syscall(tid: i32) -> Option<(u64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{tid}/syscall")).ok()?;
+    let mut fields = text.split_ascii_whitespace();
+    let number = fields.next()?.parse().ok()?;
+    let first = u64::from_str_radix(fields.next()?.trim_start_matches("0x"), 16).ok()?;
+    Some((number, first))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own_thread() {
+        let pid = std::process::id() as i32;
+        let stat = Stat::read(pid).unwrap();
+        assert_eq!(stat.parent, std::os::unix::process::parent_id() as i32);
+        assert!(!stat.is_kernel_thread() && !stat.is_zombie());
+        assert!(threads(pid).contains(&pid));
+        assert_eq!(process_of(pid), Some(pid));
+        assert_eq!(namespace_ids(pid).first(), Some(&pid));
+        assert_eq!(Stat::read(-1), None);
+    }
+}
