@@ -123,6 +123,8 @@ pub struct Stage {
     /// Whether files of the workload grow while it runs, so that only a tree left stopped shows them as they are in the
     /// image.
     pub growing: bool,
+    /// Whether the root's pid is one of the harness' own namespace.
+    pub keeps_pids: bool,
 }
 
 /// The directory of all scenarios; it holds a copy of the workload binary too.
@@ -193,8 +195,15 @@ impl Stage {
             .spawn()
             .doing("starting the launcher")?;
         drop(launcher);
-        let mut stage =
-            Stage { dir: dir.to_owned(), patience, root: 0, steady: true, verify: None, growing: false };
+        let mut stage = Stage {
+            dir: dir.to_owned(),
+            patience,
+            root: 0,
+            steady: true,
+            verify: None,
+            growing: false,
+            keeps_pids: flavour == Flavour::Host,
+        };
         stage.wait_for("pid", "the launcher")?;
         stage.root = stage.read("pid").trim().parse().unwrap_or(0);
         stage.wait_for("ready", "the workload to get ready")?;
@@ -342,8 +351,22 @@ impl Stage {
     }
 
     /// Restores from `DIR/NAME` and asserts that it worked.
-    pub fn restore(&self, tool: &Tool, name: &str, more: &[&str]) -> Result<tool::Done, Failure> {
-        Ok(self.tool(&mut tool.restore(&self.dir.join(name), more))?.ok()?)
+    pub fn restore(&mut self, tool: &Tool, name: &str, more: &[&str]) -> Result<tool::Done, Failure> {
+        let pidfile = self.dir.join("pidfile");
+        let _ = fs::remove_file(&pidfile);
+        let mut command = tool.restore(&self.dir.join(name), more);
+        let done = self.tool(command.arg("--pidfile").arg(&pidfile))?.ok()?;
+        let said = fs::read_to_string(&pidfile).doing("reading the pid file")?;
+        let pid = said.trim().parse().unwrap_or(0);
+        // In a pid namespace of its own the number outside may be another.
+        if pid != self.root && self.keeps_pids {
+            return Err(Failure::Changed(
+                "the restore",
+                format!("the root task is {said:?}, was {}", self.root),
+            ));
+        }
+        self.root = pid;
+        Ok(done)
     }
 
     /// Copies of the regular files that the workload keeps, to put them back before an older image is restored.
@@ -375,7 +398,7 @@ pub fn run(
     let patience = Duration::from_secs(if workload.heavy { 180 } else { 30 });
     let mut stage = Stage::start(test, workload.name, flavour, patience)?;
     stage.steady = workload.steady;
-    let outcome = play(&stage, variant);
+    let outcome = play(&mut stage, variant);
     if outcome.is_ok() {
         stage.kill_tree()?;
         let _ = fs::remove_dir_all(&stage.dir);
@@ -384,7 +407,7 @@ pub fn run(
 }
 
 /// What a variant does with a started tree.
-pub fn play(stage: &Stage, variant: Variant) -> Result<(), Failure> {
+pub fn play(stage: &mut Stage, variant: Variant) -> Result<(), Failure> {
     let before = stage.look()?;
     match variant {
         Variant::Straight => {
@@ -427,8 +450,9 @@ pub fn play(stage: &Stage, variant: Variant) -> Result<(), Failure> {
             let names: &[&str] =
                 if variant == Variant::Rounds { &["img1", "img2", "img3"] } else { &["img"] };
             for name in names {
+                let pids = stage.pids();
                 stage.dump(&tool, name, &[])?;
-                stage.assert_gone(&before.pids)?;
+                stage.assert_gone(&pids)?;
                 stage.restore(&tool, name, &[])?;
                 stage.compare(&before, "dump and restore")?;
             }

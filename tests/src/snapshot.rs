@@ -6,28 +6,25 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Facts of one tree: (pid, name of the fact) to value.
+/// Facts of one tree: (task, name of the fact) to value.
+///
+/// A task is named by its depth and number in its own pid namespace: numbers in outer namespaces cannot be chosen from
+/// inside a user namespace (clone(2), `set_tid`), so a restore need not keep them.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    facts: BTreeMap<(i32, String), String>,
-    /// The pids of the tree, parents first.
+    facts: BTreeMap<(String, String), String>,
+    /// The pids of the tree in the namespace of the harness, parents first.
     pub pids: Vec<i32>,
 }
 
 /// Lines of /proc/pid/status that must be the same after a restore (proc_pid_status(5)).
-const STATUS: [&str; 30] = [
+const STATUS: [&str; 24] = [
     "Name",
     "Umask",
-    "Tgid",
-    "Pid",
     "TracerPid",
     "Uid",
     "Gid",
     "Groups",
-    "NStgid",
-    "NSpid",
-    "NSpgid",
-    "NSsid",
     "Kthread",
     "VmLck",
     "VmPin",
@@ -48,12 +45,12 @@ const STATUS: [&str; 30] = [
     "Cpus_allowed",
 ];
 
+/// Lines of pids, outermost namespace first.
+const PIDS: [&str; 4] = ["NStgid", "NSpid", "NSpgid", "NSsid"];
+
 /// Fields of /proc/pid/stat, by their number in proc_pid_stat(5).
-const STAT: [(usize, &str); 19] = [
-    (5, "pgrp"),
-    (6, "session"),
+const STAT: [(usize, &str); 16] = [
     (7, "tty_nr"),
-    (8, "tpgid"),
     (19, "nice"),
     (26, "startcode"),
     (27, "endcode"),
@@ -97,10 +94,14 @@ impl Snapshot {
         let mut todo = vec![root];
         while let Some(pid) = todo.pop() {
             seen.pids.push(pid);
-            let children = children(pid);
-            seen.put(pid, "children", format!("{children:?}"));
-            todo.extend(children.iter().rev());
-            seen.task(pid, &mut classes)?;
+            let mut children: Vec<(String, i32)> =
+                children(pid).into_iter().map(|child| (own_name(child), child)).collect();
+            children.sort();
+            let task = own_name(pid);
+            let names: Vec<&str> = children.iter().map(|(name, _)| name.as_str()).collect();
+            seen.put(&task, "children", names.join(" "));
+            todo.extend(children.iter().rev().map(|(_, child)| child));
+            seen.task(pid, &task, &mut classes)?;
         }
         Ok(seen)
     }
@@ -112,66 +113,71 @@ impl Snapshot {
             .filter_map(|key| {
                 let (was, is) = (self.facts.get(key), other.facts.get(key));
                 let text = |value: Option<&String>| value.map_or("absent".to_owned(), |v| format!("{v:?}"));
-                (was != is).then(|| format!("pid {} {}: was {}, is {}", key.0, key.1, text(was), text(is)))
+                (was != is).then(|| format!("task {} {}: was {}, is {}", key.0, key.1, text(was), text(is)))
             })
             .collect()
     }
 
-    fn put(&mut self, pid: i32, name: &str, value: impl Into<String>) {
-        self.facts.insert((pid, name.to_owned()), value.into());
+    fn put(&mut self, task: &str, name: &str, value: impl Into<String>) {
+        self.facts.insert((task.to_owned(), name.to_owned()), value.into());
     }
 
-    fn task(&mut self, pid: i32, classes: &mut Classes) -> io::Result<()> {
+    fn task(&mut self, pid: i32, task: &str, classes: &mut Classes) -> io::Result<()> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let stat = fs::read_to_string(proc.join("stat"))?;
         let zombie = stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'));
         let after_name: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split_whitespace().collect();
         for (number, name) in STAT {
-            self.put(pid, name, after_name.get(number - 3).copied().unwrap_or_default());
+            self.put(task, name, after_name.get(number - 3).copied().unwrap_or_default());
         }
-        self.put(pid, "zombie", zombie.to_string());
+        self.put(task, "zombie", zombie.to_string());
         if zombie {
             return Ok(());
         }
         for tid in names(&proc.join("task")) {
-            self.status(pid, &tid, &proc.join("task").join(&tid));
+            self.status(task, &tid, &proc.join("task").join(&tid));
         }
         for name in WHOLE {
             let content = fs::read(proc.join(name)).unwrap_or_default();
-            self.put(pid, name, String::from_utf8_lossy(&content));
+            self.put(task, name, String::from_utf8_lossy(&content));
         }
         for name in ["exe", "cwd", "root"] {
-            self.put(pid, name, link(&proc.join(name)));
+            self.put(task, name, link(&proc.join(name)));
         }
         for name in names(&proc.join("ns")) {
             let class = classes.namespace(&link(&proc.join("ns").join(&name)), &name);
-            self.put(pid, &format!("ns {name}"), class);
+            self.put(task, &format!("ns {name}"), class);
         }
-        self.descriptors(pid, &proc, classes);
+        self.descriptors(task, &proc, classes);
         for (place, what) in mappings(&proc)? {
-            self.put(pid, &format!("mapping {place}"), what);
+            self.put(task, &format!("mapping {place}"), what);
         }
         if let Ok(mounts) = fs::read_to_string(proc.join("mountinfo")) {
-            self.put(pid, "mounts", mounts.lines().map(mount_line).collect::<Vec<_>>().join("\n"));
+            self.put(task, "mounts", mount_lines(&mounts));
         }
         Ok(())
     }
 
-    fn status(&mut self, pid: i32, tid: &str, task: &Path) {
-        let status = fs::read_to_string(task.join("status")).unwrap_or_default();
+    fn status(&mut self, task: &str, tid: &str, dir: &Path) {
+        let status = fs::read_to_string(dir.join("status")).unwrap_or_default();
+        let tid = innermost(&status, "NSpid").unwrap_or_else(|| tid.to_owned());
         for line in status.lines() {
             let (name, value) = line.split_once(':').unwrap_or((line, ""));
             if STATUS.contains(&name) {
-                self.put(pid, &format!("task {tid} {name}"), value.trim());
+                self.put(task, &format!("thread {tid} {name}"), value.trim());
+            }
+            if PIDS.contains(&name) {
+                let own = value.split_whitespace().last().unwrap_or_default();
+                self.put(task, &format!("thread {tid} {name}"), own);
             }
             if name == "State" {
                 let stopped = matches!(value.trim().chars().next(), Some('T' | 't'));
-                self.put(pid, &format!("task {tid} stopped"), stopped.to_string());
+                self.put(task, &format!("thread {tid} stopped"), stopped.to_string());
             }
         }
     }
 
-    fn descriptors(&mut self, pid: i32, proc: &Path, classes: &mut Classes) {
+    fn descriptors(&mut self, task: &str, proc: &Path, classes: &mut Classes) {
         for number in names(&proc.join("fd")) {
             let target = link(&proc.join("fd").join(&number));
             let class = classes.descriptor(&target);
@@ -185,7 +191,7 @@ impl Snapshot {
                     _ => line.to_owned(),
                 })
                 .collect();
-            self.put(pid, &format!("descriptor {number}"), format!("{class}; {}", info.join("; ")));
+            self.put(task, &format!("descriptor {number}"), format!("{class}; {}", info.join("; ")));
         }
     }
 }
@@ -244,6 +250,31 @@ fn names(dir: &Path) -> Vec<String> {
 
 fn link(path: &Path) -> String {
     fs::read_link(path).map(|target| target.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// The last number of a line of /proc/pid/status: in the innermost pid namespace.
+fn innermost(status: &str, name: &str) -> Option<String> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(line.split_whitespace().last()?.to_owned())
+}
+
+/// How a task is named here: depth of its pid namespace, and pid in it.
+fn own_name(pid: i32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    let pids: Vec<&str> = line.split_whitespace().collect();
+    match pids.last() {
+        Some(own) if pids.len() == 1 => (*own).to_owned(),
+        Some(own) => format!("{own} (depth {})", pids.len()),
+        None => format!("{pid} (gone)"),
+    }
+}
+
+/// All mounts, in an order of their own.
+fn mount_lines(mountinfo: &str) -> String {
+    let mut lines: Vec<String> = mountinfo.lines().map(mount_line).collect();
+    lines.sort();
+    lines.join("\n")
 }
 
 /// A line of mountinfo without ids and device numbers (proc_pid_mountinfo(5)).

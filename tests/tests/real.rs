@@ -99,11 +99,11 @@ fn run(program: &Program, variant: Variant, test: &str) -> Result<(), Failure> {
     stage.steady = program.steady;
     stage.growing = program.verifies;
     if program.verifies {
-        play(&stage, variant)?;
+        play(&mut stage, variant)?;
     } else {
         stage.verify = Some(everybody_works);
         std::thread::sleep(Duration::from_millis(100));
-        play(&stage, variant)?;
+        play(&mut stage, variant)?;
     }
     stage.kill_tree()?;
     std::fs::remove_dir_all(&dir).doing("removing the directory")

@@ -40,7 +40,7 @@ pub fn run(case: &Case, tool: &Tool, label: &str) -> Result<Sample, Failure> {
     let exe = std::env::current_exe().doing("finding this executable")?;
     let (exe, dir_text) = (exe.to_string_lossy().into_owned(), dir.to_string_lossy().into_owned());
     let argv = [exe.as_str(), "--workload", case.name, "--dir", &dir_text];
-    let stage = Stage::start_command(&dir, Flavour::Host, &argv, PATIENCE)?;
+    let mut stage = Stage::start_command(&dir, Flavour::Host, &argv, PATIENCE)?;
     // Let the page cache of earlier runs and the start-up noise settle, then forget the gaps until now.
     heartbeat_gap(&stage)?;
     let snapshot = stage.dump(tool, "snapshot", &["-R"])?;
