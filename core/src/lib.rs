@@ -4,12 +4,16 @@
 //! resource is known by exactly one plugin (see `stasis-plugin-api`).
 
 pub mod arch;
+pub mod cli;
+pub mod dump;
 pub mod files;
 pub mod front;
 pub mod guardian;
 pub mod image;
 pub mod inject;
+pub mod machine;
 pub mod memory;
+pub mod parallel;
 pub mod plugins;
 pub mod proc;
 pub mod ptrace;

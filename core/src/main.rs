@@ -1,2 +1,5 @@
-//! The binary.
-fn main() {}
+//! The binary: a thin face on the library.
+
+fn main() -> std::process::ExitCode {
+    stasis::cli::main()
+}

@@ -7,8 +7,18 @@ use std::{
 };
 
 /// Words that name a resource kind: in core they are a fault of the design.
-const RESOURCE_WORDS: &[&str] =
-    &["eventfd", "inotify", "epoll", "signalfd", "timerfd", "fanotify", "pidfd_plugin", "sysvipc", "netlink", "tcp"];
+const RESOURCE_WORDS: &[&str] = &[
+    "eventfd",
+    "inotify",
+    "epoll",
+    "signalfd",
+    "timerfd",
+    "fanotify",
+    "pidfd_plugin",
+    "sysvipc",
+    "netlink",
+    "tcp",
+];
 /// A file longer than this has outgrown one sitting.
 const MAX_LINES: usize = 600;
 

@@ -137,9 +137,17 @@ pub fn write(call: &mut WritePages) -> i64 {
         // SAFETY: the guardian lists only pages that can be read. If the page went away (a truncated file), the fault
         // stops this thread, and what the call's fields say is still right.
         } else if unsafe { is_zero(address) } {
+            // Every page has its place in the file, so a zero one leaves a hole; what stands before it goes first.
+            let result = flush(call, &mut work, limit);
+            if result != 0 {
+                return result;
+            }
+            commit(call, &work, range, done);
             if !note_zero(call, &mut work, address) {
                 break;
             }
+            work.offset += PAGE;
+            work.written += PAGE;
             done += PAGE;
             continue;
         }

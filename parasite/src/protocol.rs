@@ -212,7 +212,7 @@ pub struct WritePages {
     pub result: i64,
     /// The file, as a descriptor of the task.
     pub fd: i64,
-    /// Where in the file to go on.
+    /// Where in the file to go on. Every page of the ranges has its place there; zero pages leave holes.
     pub offset: u64,
     /// Out: bytes from `offset` on that hold what precedes `next_range` and `next_offset`.
     pub written: u64,

@@ -15,7 +15,10 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// Extents per [`PageMap`] record: a process with millions of separate extents has several records.
@@ -28,7 +31,7 @@ pub struct ImageWriter {
     created_directory: bool,
     core: Mutex<FrameWriter>,
     blobs: Mutex<Blobs>,
-    complete: bool,
+    complete: AtomicBool,
 }
 
 /// How much was written.
@@ -119,7 +122,13 @@ impl ImageWriter {
                 return Err(error);
             }
         };
-        Ok(Self { directory, created_directory, core, blobs: Mutex::default(), complete: false })
+        Ok(Self {
+            directory,
+            created_directory,
+            core,
+            blobs: Mutex::default(),
+            complete: AtomicBool::new(false),
+        })
     }
 
     /// The directory, as an absolute path.
@@ -153,8 +162,8 @@ impl ImageWriter {
     }
 
     /// Writes the records of the page files, the trailers and, last, the manifest: the image is complete. With `sync`,
-    /// the page files are brought to disk first; all others always are.
-    pub fn finish(mut self, shards: Vec<Shard>, sync: bool) -> Result<ImageStats> {
+    /// the page files are brought to disk first; all others always are. Nothing may be written afterwards.
+    pub fn finish(&self, shards: Vec<Shard>, sync: bool) -> Result<ImageStats> {
         let mut manifest = Manifest::new();
         let mut stats = ImageStats::default();
         for shard in &shards {
@@ -180,14 +189,14 @@ impl ImageWriter {
         stats.core_bytes = end.length;
         manifest.files.insert(CORE_FILE.into(), Entry { length: end.length, checksum: Some(end.checksum) });
         manifest.write(&self.directory)?;
-        self.complete = true;
+        self.complete.store(true, Ordering::Relaxed);
         Ok(stats)
     }
 }
 
 impl Drop for ImageWriter {
     fn drop(&mut self) {
-        if !self.complete {
+        if !*self.complete.get_mut() {
             discard(&self.directory, self.created_directory);
         }
     }

@@ -11,7 +11,7 @@ use crate::{
     image::records::{MappedFile, SharedSegment, Vma, VmaAdvice, VmaKind},
     proc::{
         ProcDir,
-        mappings::{self, Mapping, VmFlags},
+        mappings::{Mapping, VmFlags},
     },
 };
 use nix::fcntl::OFlag;
@@ -113,10 +113,14 @@ fn map_file(mapping: &Mapping) -> String {
     format!("map_files/{:x}-{:x}", mapping.start, mapping.end)
 }
 
-/// Reads and classifies the mappings of a process.
-pub fn describe(proc: &ProcDir, objects: &mut MappedObjects) -> Result<MemoryDescription, MemoryError> {
+/// Classifies the mappings of a process, as [`mappings::read`](crate::proc::mappings::read) gave them.
+pub fn describe(
+    proc: &ProcDir,
+    mappings: Vec<Mapping>,
+    objects: &mut MappedObjects,
+) -> Result<MemoryDescription, MemoryError> {
     let mut description = MemoryDescription::default();
-    for mapping in mappings::read(proc)? {
+    for mapping in mappings {
         if mapping.start >= TASK_SIZE {
             continue;
         }
@@ -268,6 +272,7 @@ pub fn segment_contents(pid: i32, segment: &SharedSegment, file: &File) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::mappings;
 
     fn kind(path: &str, ino: u64, shared: bool) -> &'static str {
         let mapping = Mapping { path: path.into(), ino, shared, ..Mapping::default() };
@@ -299,7 +304,7 @@ mod tests {
     fn describes_ourselves() {
         let proc = ProcDir::open(std::process::id() as i32).unwrap();
         let mut objects = MappedObjects::default();
-        let description = describe(&proc, &mut objects).unwrap();
+        let description = describe(&proc, mappings::read(&proc).unwrap(), &mut objects).unwrap();
         assert!(description.unknown.is_empty() && description.refused.is_empty(), "{description:?}");
         assert!(description.vmas.iter().any(|vma| vma.kind() == VmaKind::PrivateFile));
         let contents = private_contents(&proc, &description.vmas, true).unwrap();

@@ -168,3 +168,12 @@ fn monotonic() -> u64 {
     // The clock exists on every kernel.
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| Duration::from(time).as_nanos() as u64)
 }
+
+/// For the supervisor.
+impl crate::front::Watch for HookWatch {
+    fn running(&self) -> Option<crate::front::RunningHook> {
+        let longest = self.read().into_iter().max_by_key(|hook| hook.elapsed)?;
+        let RunningHook { plugin, hook, task, elapsed, .. } = longest;
+        Some(crate::front::RunningHook { plugin, hook, task, elapsed })
+    }
+}

@@ -102,7 +102,7 @@ pub struct Found {
 }
 
 /// The whole tree, parents before children.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Tree {
     /// All processes, the root first.
     pub processes: Vec<Process>,

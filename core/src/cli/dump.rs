@@ -1,0 +1,95 @@
+//! `stasis dump`.
+
+use super::{CommonArgs, ExitStatus, logging, report};
+use crate::{
+    dump::{self, Afterwards, DumpOptions},
+    plugins::GivenOption,
+};
+use clap::Args;
+use serde_json::json;
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+/// Arguments of `stasis dump`.
+#[derive(Debug, Args)]
+pub struct DumpArgs {
+    /// Dump the tree whose root is this process
+    #[arg(short = 't', long = "tree", value_name = "PID")]
+    tree: i32,
+    /// Directory for the image
+    #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
+    images_dir: PathBuf,
+    /// Leave the tree running; pages are written from a copy-on-write snapshot
+    #[arg(short = 'R', long)]
+    leave_running: bool,
+    /// Leave the tree stopped (SIGSTOP) instead of killing it
+    #[arg(short = 's', long, conflicts_with = "leave_running")]
+    leave_stopped: bool,
+    /// The tree is a shell's job: its session, group and terminal may be outside
+    #[arg(short = 'j', long)]
+    shell_job: bool,
+    /// With --leave-running: keep the tree frozen while pages are copied, and need no memory for a snapshot
+    #[arg(long)]
+    no_cow: bool,
+    /// Seconds that tasks may take to stop
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    timeout: f64,
+    /// Freeze with this cgroup instead of stopping task by task
+    #[arg(long, value_name = "DIR")]
+    freeze_cgroup: Option<PathBuf>,
+    /// Wait until all pages are on the disk (the rest of the image always is)
+    #[arg(long)]
+    sync: bool,
+    /// Copy all pages from outside the tasks
+    #[arg(long, hide = true)]
+    outside_only: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption>) -> ExitCode {
+    if let Err(error) = logging::init(common, Some(&args.images_dir)) {
+        return ExitCode::from(report::error(common.json, "dump", &error, ExitStatus::Failure as u8));
+    }
+    let options = DumpOptions {
+        afterwards: match (args.leave_running, args.leave_stopped) {
+            (true, _) => Afterwards::Run,
+            (_, true) => Afterwards::Stop,
+            _ => Afterwards::Kill,
+        },
+        shell_job: args.shell_job,
+        copy_on_write: !args.no_cow,
+        timeout: Duration::try_from_secs_f64(args.timeout).unwrap_or(Duration::MAX),
+        freeze_cgroup: args.freeze_cgroup.clone(),
+        sync: args.sync,
+        outside_only: args.outside_only,
+        plugins: common.plugins.choice(),
+        plugin_options,
+        plugin_timeout: common.plugin_timeout(),
+        ..DumpOptions::new(args.tree, &args.images_dir)
+    };
+    let status = dump::supervised(&options, |result| match result {
+        Ok(done) if common.json => {
+            println!(
+                "{}",
+                json!({
+                    "ok": true, "tasks": done.tasks, "threads": done.threads,
+                    "frozen_us": done.frozen.as_micros() as u64, "total_us": done.total.as_micros() as u64,
+                    "image_bytes": done.image_bytes, "page_bytes": done.page_bytes, "warnings": done.warnings,
+                })
+            );
+            ExitStatus::Success as u8
+        }
+        Ok(done) => {
+            tracing::info!(?done, "dumped");
+            for warning in &done.warnings {
+                eprintln!("stasis dump: warning: {warning}");
+            }
+            ExitStatus::Success as u8
+        }
+        Err(error) => {
+            let status = error.exit_status();
+            report::error(common.json, "dump", &error, status);
+            status
+        }
+    });
+    ExitCode::from(status)
+}

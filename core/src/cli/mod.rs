@@ -1,0 +1,119 @@
+//! The command line: one file per subcommand; parses and prints, decides nothing.
+//!
+//! Flag names and meanings follow CRIU's (DESIGN section 8): same spelling, same sense, or not at all. Options that
+//! plugins declare are taken as `--NAME[=VALUE]` and checked once the plugins are loaded.
+
+mod check;
+mod demo;
+mod dump;
+mod inspect;
+mod logging;
+mod plugins;
+mod report;
+
+use crate::plugins::{PluginChoice, split_arguments};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+pub use report::ExitStatus;
+
+/// Checkpoints running process trees into files and restores them.
+#[derive(Debug, Parser)]
+#[command(name = "stasis", version, max_term_width = 110)]
+struct Cli {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every subcommand.
+#[derive(Debug, Args, Clone)]
+pub struct CommonArgs {
+    /// Verbosity of the log: -v for 1, -v4 for everything
+    #[arg(short, long, global = true, num_args = 0..=1, default_missing_value = "3", value_name = "N")]
+    verbosity: Option<u8>,
+    /// Write the log to this file (relative to the work directory) instead of stderr
+    #[arg(short = 'o', long, global = true, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+    /// Directory for logs and other by-products (default: the images directory)
+    #[arg(short = 'W', long, global = true, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Print results and errors as JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(flatten)]
+    plugins: PluginArgs,
+}
+
+/// Which plugins to use.
+#[derive(Debug, Args, Clone, Default)]
+struct PluginArgs {
+    /// Look for plugins here (repeatable; default: beside the executable, then the installed library directory)
+    #[arg(long, global = true, value_name = "DIR")]
+    plugin_dir: Vec<PathBuf>,
+    /// Use only these plugins
+    #[arg(long, global = true, value_name = "A,B", value_delimiter = ',')]
+    plugins: Vec<String>,
+    /// Do without these plugins
+    #[arg(long, global = true, value_name = "A,B", value_delimiter = ',')]
+    without: Vec<String>,
+    /// Where two plugins claim the same resource, take these
+    #[arg(long, global = true, value_name = "A,B", value_delimiter = ',')]
+    prefer: Vec<String>,
+    /// End the operation when one hook of a plugin takes longer than this many seconds
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
+    plugin_timeout: u64,
+}
+
+impl PluginArgs {
+    fn choice(&self) -> PluginChoice {
+        PluginChoice {
+            directories: self.plugin_dir.clone(),
+            only: self.plugins.clone(),
+            without: self.without.clone(),
+            prefer: self.prefer.clone(),
+        }
+    }
+}
+
+impl CommonArgs {
+    fn plugin_timeout(&self) -> Option<Duration> {
+        (self.plugins.plugin_timeout > 0).then(|| Duration::from_secs(self.plugins.plugin_timeout))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Write a process tree into an image
+    Dump(dump::DumpArgs),
+    Check(check::CheckArgs),
+    /// Show what is in an image
+    Inspect(inspect::InspectArgs),
+    /// Show which plugins are found, and what each claims
+    Plugins(plugins::PluginsArgs),
+    Demo(demo::DemoArgs),
+}
+
+/// Runs the command line and gives the exit status.
+pub fn main() -> ExitCode {
+    let (arguments, options) = split_arguments(&Cli::command(), std::env::args_os());
+    let cli = Cli::parse_from(arguments);
+    match &cli.command {
+        Command::Dump(args) => dump::run(args, &cli.common, options),
+        Command::Check(args) => check::run(args, &cli.common.plugins.choice(), cli.common.json),
+        Command::Inspect(args) => inspect::run(args, cli.common.json),
+        Command::Demo(args) => demo::run(args),
+        Command::Plugins(args) => plugins::run(args, &cli.common.plugins.choice(), cli.common.json),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

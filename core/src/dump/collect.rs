@@ -1,0 +1,228 @@
+//! Steps 2, 3 and 5: stop the tree, describe it from outside, ask what only the tasks can tell.
+
+use super::{
+    Context, DumpError,
+    claim::{self, Unclaimed, unclaimed},
+    inventory::Inventory,
+    pages::Pages,
+};
+use crate::{
+    files::table::{Handles, read_table},
+    image::records::{self, Header, MemoryMap},
+    machine,
+    memory::describe::{self, MappedObjects, MemoryDescription},
+    parallel,
+    plugins::Wanted,
+    proc::mappings,
+    task::{self, ProcessContext},
+    tree::{Found, NamespaceMap, Process, Tree, refuse_unsupported_sharing},
+};
+use nix::time::{ClockId, clock_gettime};
+use stasis_plugin_api::VmaInfo;
+use std::collections::{BTreeMap, HashMap};
+
+/// The frozen tree, described.
+pub(super) struct FrozenTree {
+    /// Namespaces of the tree.
+    pub namespaces: NamespaceMap,
+    memory: Vec<MemoryDescription>,
+    objects: MappedObjects,
+    contexts: HashMap<i32, ProcessContext>,
+    /// Number of each living process' memory map and descriptor table, by pid as stasis sees it.
+    numbers: HashMap<i32, u32>,
+    /// Mappings of plugins: (index of the process among the living, index of the mapping, plugin, kind).
+    plugin_mappings: Vec<(usize, usize, String, String, VmaInfo)>,
+}
+
+/// Step 2: stops every thread of the tree.
+pub(super) fn seize(context: &Context<'_>) -> Result<Vec<Found>, DumpError> {
+    let options = context.options;
+    let mut guardian = context.guardian.borrow_mut();
+    let seized = guardian.seize(options.tree, options.timeout, options.freeze_cgroup.clone())?;
+    Ok(seized
+        .into_iter()
+        .map(|task| Found {
+            pid: task.pid,
+            tids: task.tids,
+            zombie: task.zombie,
+            group_stop: task.group_stop.unwrap_or_default(),
+        })
+        .collect())
+}
+
+/// Steps 3 and 4: reads /proc, and finds somebody for every resource.
+pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenTree, DumpError> {
+    let tree = Tree::read(found)?;
+    tree.check_leaders(context.options.shell_job)?;
+    refuse_unsupported_sharing(&tree)?;
+    let namespaces = NamespaceMap::read(&tree)?;
+    let living: Vec<&Process> = tree.living().collect();
+    let facts = parallel::map(&living, |process| -> Result<_, DumpError> {
+        Ok((mappings::read(&process.proc)?, read_table(&process.proc)?))
+    })?;
+    let mut objects = MappedObjects::default();
+    let mut memory = Vec::with_capacity(living.len());
+    let mut handles = Handles::default();
+    let mut tables = BTreeMap::new();
+    for (process, (mappings, descriptors)) in living.iter().zip(facts) {
+        memory.push(describe::describe(&process.proc, mappings, &mut objects)?);
+        tables.insert(process.host_pid, handles.add_table(process.host_pid, descriptors)?);
+    }
+    let numbers = living.iter().zip(1..).map(|(process, number)| (process.host_pid, number)).collect();
+    drop(living);
+    *context.inventory.borrow_mut() = Inventory::new(tree, tables, handles);
+    let mut frozen = FrozenTree {
+        namespaces,
+        memory,
+        objects,
+        contexts: HashMap::new(),
+        numbers,
+        plugin_mappings: Vec::new(),
+    };
+    let mut missing = Vec::new();
+    frozen.claim(context, &mut missing)?;
+    if missing.is_empty() { Ok(frozen) } else { Err(DumpError::Unclaimed(missing)) }
+}
+
+impl FrozenTree {
+    fn claim(&mut self, context: &Context<'_>, missing: &mut Vec<Unclaimed>) -> Result<(), DumpError> {
+        claim::sessions(context, missing)?;
+        claim::descriptors(context, missing)?;
+        let inventory = context.inventory.borrow();
+        for (index, (process, memory)) in inventory.tree.living().zip(&mut self.memory).enumerate() {
+            for (mapping, why) in &memory.refused {
+                let what = format!("{} {why}", name_of(&mapping.path));
+                let place = claim::place(mapping.start, mapping.end);
+                missing.push(unclaimed(&inventory.tree, process.host_pid, place, what, String::new()));
+            }
+            for unknown in &memory.unknown {
+                if let Some((kind, info)) = claim::mapping(context, process, unknown, missing) {
+                    let claimed =
+                        (index, unknown.vma, kind.plugin.to_string(), kind.name().to_string(), info);
+                    self.plugin_mappings.push(claimed);
+                }
+            }
+        }
+        for namespace in &self.namespaces.foreign {
+            if context.registry.namespace(namespace.kind).is_some() {
+                continue;
+            }
+            let first = namespace.members.first().and_then(|&pid| inventory.tree.by_pid(pid));
+            let remedy = match context.registry.would_take(Wanted::Namespace(namespace.kind)) {
+                Some(name) => format!("plugin {name} would take it: enable it"),
+                None => String::new(),
+            };
+            let what = "is not the one of stasis, and claimed by no enabled plugin".to_string();
+            let place = format!("namespace {}:[{}]", namespace.kind, namespace.ino);
+            let pid = first.map_or(0, |process| process.host_pid);
+            missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
+        }
+        Ok(())
+    }
+
+    /// Number of a process' memory map and descriptor table.
+    pub fn number(&self, host_pid: i32) -> u32 {
+        self.numbers.get(&host_pid).copied().unwrap_or_default()
+    }
+
+    /// Step 5: registers, signals, and what only injected code can ask.
+    pub fn inspect(&mut self, context: &Context<'_>) -> Result<(), DumpError> {
+        let inventory = context.inventory.borrow();
+        let pids: Vec<i32> = inventory.tree.living().map(|process| process.host_pid).collect();
+        self.contexts = super::context::inspect(&mut context.guardian.borrow_mut(), &pids)?;
+        Ok(())
+    }
+
+    /// Writes header, tasks and memory maps.
+    pub fn write(&mut self, context: &Context<'_>) -> Result<(), DumpError> {
+        let inventory = context.inventory.borrow();
+        let tree = &inventory.tree;
+        for (process, vma, plugin, kind, info) in &self.plugin_mappings {
+            // Both exist: they were found a moment ago.
+            let Some(hook) = context.registry.mapping_kind(plugin, kind) else { continue };
+            let host = context.host(plugin);
+            let resource = claim::place(info.start, info.end);
+            let dumped = context.call(&host, info.pid, "", &resource).dump_mapping(hook, info)?;
+            let record = &mut self.memory[*process].vmas[*vma];
+            record.plugin = plugin.clone();
+            record.plugin_kind = kind.clone();
+            record.record = dumped.record.into();
+        }
+        context.writer.write(&self.header(context, tree)?)?;
+        for file in &self.objects.files {
+            context.writer.write(file)?;
+        }
+        for (segment, _) in &self.objects.segments {
+            context.writer.write(segment)?;
+        }
+        let living: Vec<&Process> = tree.living().collect();
+        let empty = ProcessContext::default();
+        let described = parallel::map(&living, |process| {
+            let found = self.contexts.get(&process.host_pid).unwrap_or(&empty);
+            let number = self.number(process.host_pid);
+            Ok::<_, DumpError>((
+                task::describe(process, found, &self.namespaces, number)?,
+                task::memory_map(process, found.brk, number)?,
+            ))
+        })?;
+        for ((record, map), memory) in described.into_iter().zip(&self.memory) {
+            context.writer.write(&record)?;
+            context.writer.write(&MemoryMap { vmas: memory.vmas.clone(), ..map })?;
+        }
+        for zombie in tree.processes.iter().filter(|process| process.zombie) {
+            context.writer.write(&task::describe_zombie(zombie)?)?;
+        }
+        Ok(())
+    }
+
+    fn header(&self, context: &Context<'_>, tree: &Tree) -> Result<Header, DumpError> {
+        let inventory = context.inventory.borrow();
+        let objects = inventory.objects.iter().map(|object| (object.plugin.as_str(), object.kind.as_str()));
+        let mappings =
+            self.plugin_mappings.iter().map(|(_, _, plugin, kind, _)| (plugin.as_str(), kind.as_str()));
+        let namespaces = self.namespaces.foreign.iter().filter_map(|namespace| {
+            let kind = context.registry.namespace(namespace.kind)?;
+            Some((&*kind.plugin, kind.name()))
+        });
+        let tasks = context.registry.tasks().map(|kind| (&*kind.plugin, kind.name()));
+        let lifecycles = context.registry.lifecycles().map(|kind| (&*kind.plugin, kind.name()));
+        let used = objects.chain(mappings).chain(namespaces).chain(tasks).chain(lifecycles);
+        let uname = nix::sys::utsname::uname().map_err(|errno| DumpError::Kernel { errno })?;
+        let nanoseconds = |clock| {
+            clock_gettime(clock).map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+        };
+        Ok(Header {
+            format: crate::image::FORMAT_VERSION,
+            tool_version: env!("CARGO_PKG_VERSION").into(),
+            plugins: context.registry.uses(used),
+            kernel_release: uname.release().to_string_lossy().into_owned(),
+            machine: uname.machine().to_string_lossy().into_owned(),
+            xsave_features: machine::xsave_features(),
+            root_pid: tree.root().pid,
+            shell_job: context.options.shell_job,
+            vdso_digest: machine::vdso_digest()?,
+            realtime_ns: nanoseconds(ClockId::CLOCK_REALTIME),
+            monotonic_ns: nanoseconds(ClockId::CLOCK_MONOTONIC),
+            boottime_ns: nanoseconds(ClockId::CLOCK_BOOTTIME),
+            page_size: crate::memory::PAGE as u32,
+            options: context.registry.options(),
+            root_path: String::from_utf8_lossy(&tree.root().proc.link("root")?).into_owned(),
+        })
+    }
+
+    /// Finds the pages to keep.
+    pub fn pages(&self, context: &Context<'_>) -> Result<Pages, DumpError> {
+        let inventory = context.inventory.borrow();
+        let memory: Vec<(&Process, u32, &[records::Vma])> = inventory
+            .tree
+            .living()
+            .zip(&self.memory)
+            .map(|(process, memory)| (process, self.number(process.host_pid), memory.vmas.as_slice()))
+            .collect();
+        Pages::find(&memory, &self.objects.segments, &context.writer, context.options)
+    }
+}
+
+fn name_of(path: &[u8]) -> String {
+    if path.is_empty() { "anonymous memory".into() } else { String::from_utf8_lossy(path).into_owned() }
+}

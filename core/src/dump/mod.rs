@@ -1,0 +1,220 @@
+//! The dump pipeline: reads as the list of steps in ARCHITECTURE.md.
+
+mod claim;
+mod collect;
+mod context;
+mod error;
+mod host;
+mod inventory;
+mod options;
+mod pages;
+mod resources;
+
+pub use claim::Unclaimed;
+pub use error::DumpError;
+pub use options::{Afterwards, DumpOptions};
+
+use crate::{
+    front::{self, Supervision},
+    guardian::{Guardian, protocol::Outcome},
+    image::ImageWriter,
+    plugins::{CallContext, HookWatch, Registry},
+};
+use host::DumpHost;
+use inventory::Inventory;
+use stasis_plugin_api::Event;
+use std::{
+    cell::RefCell,
+    time::{Duration, Instant},
+};
+
+/// What a dump did.
+#[derive(Debug, Clone, Default)]
+pub struct DumpReport {
+    /// Processes in the image.
+    pub tasks: usize,
+    /// Threads in the image.
+    pub threads: usize,
+    /// From the first task stopped to the last one running again; until the end of the dump if none does.
+    pub frozen: Duration,
+    /// All of it.
+    pub total: Duration,
+    /// Bytes of pages stored.
+    pub page_bytes: u64,
+    /// Bytes of the whole image.
+    pub image_bytes: u64,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Everything about one dump that its steps share.
+pub(crate) struct Context<'a> {
+    options: &'a DumpOptions,
+    registry: Registry,
+    watch: &'static HookWatch,
+    writer: ImageWriter,
+    guardian: RefCell<Guardian>,
+    inventory: RefCell<Inventory>,
+    warnings: RefCell<Vec<String>>,
+}
+
+impl<'a> Context<'a> {
+    /// What the hooks of `plugin` may ask.
+    fn host<'s>(&'s self, plugin: &'s str) -> DumpHost<'s> {
+        DumpHost { context: self, plugin }
+    }
+
+    /// A watched call of a hook.
+    fn call<'s>(
+        &self,
+        host: &'s DumpHost<'s>,
+        task: i32,
+        task_name: &'s str,
+        resource: &'s str,
+    ) -> CallContext<'s, DumpHost<'s>> {
+        CallContext { watch: self.watch, host, task, task_name, resource }
+    }
+
+    /// Runs Lifecycle hooks.
+    fn lifecycle(&self, event: Event) -> Result<(), DumpError> {
+        for kind in self.registry.lifecycles() {
+            let host = self.host(&kind.plugin);
+            self.call(&host, 0, "", "").event(kind, event)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the user wants to stop; asked between steps.
+    fn check_interrupted(&self) -> Result<(), DumpError> {
+        Ok(front::check_interrupted()?)
+    }
+}
+
+/// Dumps a process tree, in a child process that may crash or hang with its plugins; `report` runs there and gives the exit
+/// status. To be called by a process with a single thread.
+///
+/// The guardian is forked here, before any plugin is loaded.
+pub fn supervised(options: &DumpOptions, report: impl Fn(Result<&DumpReport, &DumpError>) -> u8) -> u8 {
+    let run = || -> Result<u8, DumpError> {
+        let watch = HookWatch::new().map_err(no_page)?;
+        let guardian = Guardian::spawn()?;
+        let supervision = Supervision {
+            watch,
+            plugin_timeout: options.plugin_timeout,
+            aftermath: "the tree runs on as before",
+        };
+        let command = || report(dump(options, guardian, watch).as_ref());
+        Ok(front::supervise(&supervision, command)?)
+    };
+    run().unwrap_or_else(|error| report(Err(&error)))
+}
+
+fn no_page(source: std::io::Error) -> DumpError {
+    DumpError::Front(front::FrontError::System { operation: "map the hook status page", source })
+}
+
+/// The dump itself.
+fn dump(
+    options: &DumpOptions,
+    guardian: Guardian,
+    watch: &'static HookWatch,
+) -> Result<DumpReport, DumpError> {
+    let started = Instant::now();
+    let mut registry = Registry::load(&options.plugins)?;
+    registry.set_options(&options.plugin_options)?;
+    let writer = ImageWriter::create(&options.images_dir)?;
+    let context = Context {
+        options,
+        registry,
+        watch,
+        writer,
+        guardian: RefCell::new(guardian),
+        inventory: RefCell::default(),
+        warnings: RefCell::default(),
+    };
+    let mut report = DumpReport::default();
+    let result = steps(&context, &mut report);
+    if result.is_err() {
+        // The first error is what the user wants to know; what fails on the way back is in the log.
+        if let Err(error) = context.guardian.borrow_mut().finish(Outcome::Run) {
+            tracing::error!("putting the tree back: {error}");
+        }
+        if let Err(error) = context.lifecycle(Event::Aborted) {
+            tracing::error!("aborting: {error}");
+        }
+    }
+    result?;
+    let Context { guardian, warnings, .. } = context;
+    drop(guardian);
+    report.warnings = warnings.into_inner();
+    report.total = started.elapsed();
+    Ok(report)
+}
+
+/// What makes the image and what becomes of the tree. An error leaves the tree stopped; the caller puts it back.
+fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError> {
+    let options = context.options;
+    context.lifecycle(Event::BeforeFreeze)?;
+    context.check_interrupted()?;
+    let frozen = Instant::now();
+    let found = collect::seize(context)?;
+    let mut frozen_tree = collect::describe(context, &found)?;
+    context.check_interrupted()?;
+    frozen_tree.inspect(context)?;
+    context.lifecycle(Event::Frozen)?;
+    frozen_tree.write(context)?;
+    resources::namespaces(context, &frozen_tree.namespaces)?;
+    resources::objects(context)?;
+    resources::tables(context, |pid| frozen_tree.number(pid))?;
+    resources::tasks(context)?;
+    context.check_interrupted()?;
+    let mut pages = frozen_tree.pages(context)?;
+    report.page_bytes = pages.bytes();
+    report.tasks = context.inventory.borrow().tree.processes.len();
+    report.threads =
+        context.inventory.borrow().tree.processes.iter().map(|process| process.threads.len()).sum();
+
+    let snapshot =
+        options.afterwards == Afterwards::Run && options.copy_on_write && !pages.snapshots().is_empty();
+    if snapshot {
+        let later = pages.snapshots().to_vec();
+        pages.copy_frozen(&context.guardian, &later)?;
+        let snapshots = context.guardian.borrow_mut().snapshot(&later)?;
+        context.lifecycle(Event::BeforeResume)?;
+        context.guardian.borrow_mut().resume_originals()?;
+        report.frozen = frozen.elapsed();
+        pages.copy_snapshots(&context.guardian, &snapshots)?;
+        context.guardian.borrow_mut().reap_snapshots()?;
+    } else {
+        pages.copy_frozen(&context.guardian, &[])?;
+    }
+    context.check_interrupted()?;
+    let shards = if options.afterwards == Afterwards::Run && !snapshot {
+        // Checksums of pages need no frozen tree.
+        context.lifecycle(Event::BeforeResume)?;
+        context.guardian.borrow_mut().resume_originals()?;
+        report.frozen = frozen.elapsed();
+        pages.finish(&context.writer)?
+    } else {
+        pages.finish(&context.writer)?
+    };
+    if options.afterwards == Afterwards::Kill {
+        resources::commit(context)?;
+    }
+    let stats = context.writer.finish(shards, options.sync)?;
+    report.image_bytes = stats.core_bytes + stats.blob_bytes + stats.page_bytes;
+    // From here on the image is complete: an error is no reason to undo it.
+    if let Err(error) = context.lifecycle(Event::Dumped) {
+        context.warnings.borrow_mut().push(error.to_string());
+    }
+    let outcome = match options.afterwards {
+        Afterwards::Kill => Outcome::Kill,
+        Afterwards::Run => Outcome::Run,
+        Afterwards::Stop => Outcome::Stopped,
+    };
+    context.guardian.borrow_mut().finish(outcome)?;
+    if report.frozen.is_zero() {
+        report.frozen = frozen.elapsed();
+    }
+    Ok(())
+}

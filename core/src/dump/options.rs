@@ -1,0 +1,65 @@
+//! What a dump is asked to do.
+
+use crate::plugins::{GivenOption, PluginChoice};
+use std::{path::PathBuf, time::Duration};
+
+/// What becomes of the tree after a successful dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Afterwards {
+    /// It is killed: it lives on in the image.
+    #[default]
+    Kill,
+    /// It runs on (`--leave-running`).
+    Run,
+    /// It stays, stopped by SIGSTOP (`--leave-stopped`).
+    Stop,
+}
+
+/// Options of [`dump`](super::dump).
+#[derive(Debug, Clone)]
+pub struct DumpOptions {
+    /// Root of the tree.
+    pub tree: i32,
+    /// Where the image goes; created if it does not exist.
+    pub images_dir: PathBuf,
+    /// What becomes of the tree.
+    pub afterwards: Afterwards,
+    /// The tree may belong to a session, group and terminal outside (`--shell-job`).
+    pub shell_job: bool,
+    /// With `afterwards: Run`: fork the processes and write the copies out while they run on. Off: copy while frozen.
+    pub copy_on_write: bool,
+    /// How long tasks may take to stop.
+    pub timeout: Duration,
+    /// A cgroup v1 freezer or v2 directory to freeze with, instead of stopping task by task.
+    pub freeze_cgroup: Option<PathBuf>,
+    /// Wait until the page files are on the disk too; the rest of the image always is.
+    pub sync: bool,
+    /// Copy pages from outside even where tasks could write them themselves (for tests of the fallback).
+    pub outside_only: bool,
+    /// Which plugins to use.
+    pub plugins: PluginChoice,
+    /// Options that plugins declare.
+    pub plugin_options: Vec<GivenOption>,
+    /// How long one hook may take.
+    pub plugin_timeout: Option<Duration>,
+}
+
+impl DumpOptions {
+    /// The defaults for a tree and a directory.
+    pub fn new(tree: i32, images_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            tree,
+            images_dir: images_dir.into(),
+            afterwards: Afterwards::Kill,
+            shell_job: false,
+            copy_on_write: true,
+            timeout: Duration::from_secs(10),
+            freeze_cgroup: None,
+            sync: false,
+            outside_only: false,
+            plugins: PluginChoice::default(),
+            plugin_options: Vec::new(),
+            plugin_timeout: Some(Duration::from_secs(60)),
+        }
+    }
+}

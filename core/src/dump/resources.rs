@@ -1,0 +1,232 @@
+//! Step 7 and 8, resources: plugins write their records, core writes tables and handles.
+
+use super::{Context, DumpError, inventory::Claim, inventory::Inventory};
+use crate::{files::path_ref, image::records, tree::NamespaceMap};
+use stasis_plugin_api::{Actor, ActorKind, NamespaceInfo};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+impl From<Actor> for records::Actor {
+    fn from(actor: Actor) -> Self {
+        let kind = match actor.kind {
+            ActorKind::Any => records::ActorKind::Any,
+            ActorKind::Task => records::ActorKind::Task,
+            ActorKind::SessionLeader => records::ActorKind::SessionLeader,
+            ActorKind::StandIn => records::ActorKind::StandIn,
+        };
+        Self {
+            kind: kind as i32,
+            pid: actor.pid,
+            uid: u32::try_from(actor.uid).unwrap_or_default(),
+            gid: u32::try_from(actor.gid).unwrap_or_default(),
+            has_ids: actor.uid >= 0 || actor.gid >= 0,
+        }
+    }
+}
+
+/// Has every plugin write the records of its objects.
+pub(super) fn objects(context: &Context<'_>) -> Result<(), DumpError> {
+    let inventory = context.inventory.borrow();
+    for (index, object) in inventory.objects.iter().enumerate() {
+        context.check_interrupted()?;
+        let Some(kind) = context.registry.descriptor_kind(&object.plugin, &object.kind) else {
+            return Err(DumpError::NoSuchKind { plugin: object.plugin.clone(), kind: object.kind.clone() });
+        };
+        let info = inventory.object_info(index);
+        let (task, name, resource) = whose(&inventory, index);
+        let host = context.host(&kind.plugin);
+        let dumped = context.call(&host, task, &name, &resource).dump(kind, &info)?;
+        let object_of = |&handle: &u32| match inventory.claims.get((handle as usize).wrapping_sub(1)) {
+            Some(Claim::Object { index, .. }) => Some(inventory.objects[*index].id),
+            _ => None,
+        };
+        let mut after: Vec<u32> =
+            dumped.after.iter().filter_map(object_of).filter(|&id| id != object.id).collect();
+        after.sort_unstable();
+        after.dedup();
+        context.writer.write(&records::Object {
+            id: object.id,
+            plugin: object.plugin.clone(),
+            kind: object.kind.clone(),
+            message: kind.declaration.message.to_string(),
+            record_version: dumped.version,
+            record: dumped.record.into(),
+            handles: object.handles.iter().map(|&handle| Inventory::handle_id(handle)).collect(),
+            after,
+            uses: dumped.uses.into(),
+            create_as: Some(dumped.create_as.into()),
+            link_as: Some(dumped.link_as.into()),
+            settle_as: Some(dumped.settle_as.into()),
+            description: object.description.clone(),
+        })?;
+    }
+    Ok(())
+}
+
+/// Has every plugin take out what can only be read by consuming it.
+pub(super) fn commit(context: &Context<'_>) -> Result<(), DumpError> {
+    let inventory = context.inventory.borrow();
+    for (index, object) in inventory.objects.iter().enumerate() {
+        let Some(kind) = context.registry.descriptor_kind(&object.plugin, &object.kind) else { continue };
+        let (task, name, resource) = whose(&inventory, index);
+        let host = context.host(&kind.plugin);
+        context.call(&host, task, &name, &resource).commit(kind, &inventory.object_info(index))?;
+    }
+    Ok(())
+}
+
+/// For messages: a task that holds the object, its name, and the object.
+fn whose(inventory: &Inventory, index: usize) -> (i32, String, String) {
+    let object = &inventory.objects[index];
+    let handle = object.handles.first().map(|&handle| &inventory.handles.all[handle]);
+    let (pid, number) = handle.map_or((0, -1), |handle| handle.subject());
+    let task = inventory.tree.processes.iter().find(|process| process.host_pid == pid);
+    let name = task.map(|process| process.name.clone()).unwrap_or_default();
+    let resource = match number {
+        -1 => object.description.clone(),
+        number => format!("descriptor {number}, {}", object.description),
+    };
+    (pid, name, resource)
+}
+
+/// Has every namespace that is not ours dumped by its plugin.
+pub(super) fn namespaces(context: &Context<'_>, namespaces: &NamespaceMap) -> Result<(), DumpError> {
+    for namespace in &namespaces.foreign {
+        // The claims were checked before.
+        let Some(kind) = context.registry.namespace(namespace.kind) else { continue };
+        let info = NamespaceInfo {
+            id: namespace.id,
+            kind: namespace.kind.into(),
+            ino: namespace.ino,
+            members: namespace.members.iter().copied().collect(),
+        };
+        let resource = format!("namespace {}:[{}]", namespace.kind, namespace.ino);
+        let pid = namespace.members.first().copied().unwrap_or_default();
+        let host = context.host(&kind.plugin);
+        let dumped = context.call(&host, pid, "", &resource).dump_namespace(kind, &info)?;
+        let user = namespaces.foreign.iter().find(|other| {
+            other.kind == "user" && other.members.iter().any(|member| namespace.members.contains(member))
+        });
+        context.writer.write(&records::NamespaceObject {
+            id: namespace.id,
+            kind: namespace.kind.into(),
+            plugin: kind.plugin.to_string(),
+            clone_flag: kind.declaration.clone_flag,
+            inode: namespace.ino,
+            owner: user.filter(|user| user.id != namespace.id).map_or(0, |user| user.id),
+            record: dumped.record.into(),
+            record_version: dumped.version,
+        })?;
+    }
+    Ok(())
+}
+
+/// Has every plugin with Task hooks look at every task.
+pub(super) fn tasks(context: &Context<'_>) -> Result<(), DumpError> {
+    let tasks = context.inventory.borrow().tasks();
+    for kind in context.registry.tasks() {
+        for task in &tasks {
+            let host = context.host(&kind.plugin);
+            let record = context.call(&host, task.pid, &task.name, "").dump_task(kind, task)?;
+            let Some(record) = record else { continue };
+            context.writer.write(&records::TaskRecord {
+                pid: task.pid,
+                plugin: kind.plugin.to_string(),
+                kind: kind.name().to_string(),
+                record: record.into(),
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes open file descriptions and descriptor tables. `ids` numbers the tables, by pid as stasis sees it.
+pub(super) fn tables(context: &Context<'_>, ids: impl Fn(i32) -> u32) -> Result<(), DumpError> {
+    let inventory = context.inventory.borrow();
+    for (index, handle) in inventory.handles.all.iter().enumerate() {
+        let claim = inventory.claims[index];
+        let facts = &handle.facts;
+        let (pid, number) = handle.subject();
+        let (owner, signal) = match handle.holders.is_empty() && handle.in_flight.is_none() {
+            true => (None, 0),
+            false => signals(&inventory, index)?,
+        };
+        context.writer.write(&records::Handle {
+            id: Inventory::handle_id(index),
+            object: match claim {
+                Claim::Path => 0,
+                Claim::Object { index, .. } => inventory.objects[index].id,
+            },
+            status_flags: facts.status_flags,
+            position: facts.position,
+            owner,
+            signal,
+            path: (claim == Claim::Path).then(|| path_ref(facts.link.clone(), &facts.stat)),
+            role: match claim {
+                Claim::Path => 0,
+                Claim::Object { role, .. } => role,
+            },
+            first_pid: pid,
+            first_fd: number as u32,
+            in_flight: handle.holders.is_empty(),
+        })?;
+    }
+    for (&pid, table) in &inventory.tables {
+        let descriptors = table.iter().map(|entry| records::Descriptor {
+            number: entry.number as u32,
+            handle: Inventory::handle_id(entry.handle),
+            cloexec: entry.cloexec,
+        });
+        context
+            .writer
+            .write(&records::DescriptorTable { id: ids(pid), descriptors: descriptors.collect() })?;
+    }
+    Ok(())
+}
+
+/// F_GETOWN_EX, F_GETOWNER_UIDS and F_GETSIG (fcntl(2)), which only descriptors with O_ASYNC or an owner make use of. The
+/// kernel translates pids into our namespace, and drops owners that are gone.
+fn signals(inventory: &Inventory, index: usize) -> Result<(Option<records::Owner>, i32), DumpError> {
+    let handle = &inventory.handles.all[index];
+    // O_PATH descriptors have neither.
+    if handle.facts.status_flags & libc::O_PATH as u32 != 0 {
+        return Ok((None, 0));
+    }
+    let (pid, number) = handle.subject();
+    let link = || String::from_utf8_lossy(&handle.facts.link).into_owned();
+    let duplicate = inventory
+        .open_handle(Inventory::handle_id(index))
+        .map_err(|errno| DumpError::Duplicate { pid, number, link: link(), errno })?;
+    let fd: BorrowedFd<'_> = duplicate.as_fd();
+    #[repr(C)]
+    #[derive(Default)]
+    struct OwnerEx {
+        kind: i32,
+        pid: i32,
+    }
+    const F_GETOWN_EX: i32 = 16;
+    const F_GETSIG: i32 = 11;
+    let mut owner = OwnerEx::default();
+    // SAFETY: F_GETOWN_EX writes one struct f_owner_ex, which `owner` is.
+    let got = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner) };
+    // SAFETY: F_GETSIG takes no pointer.
+    let signal = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) }.max(0);
+    if got < 0 || owner.pid == 0 {
+        return Ok((None, signal));
+    }
+    let process = inventory.tree.processes.iter().find(|process| {
+        process.host_pid == owner.pid || process.threads.iter().any(|&(tid, _)| tid == owner.pid)
+    });
+    const F_OWNER_PGRP: i32 = 2;
+    let inner = process.map(|process| match process.threads.iter().find(|(tid, _)| *tid == owner.pid) {
+        Some(&(_, inner)) => inner,
+        None => process.pid,
+    });
+    let id = match (inner, owner.kind) {
+        (Some(inner), _) => inner,
+        (None, F_OWNER_PGRP) => owner.pid,
+        (None, _) => {
+            return Err(DumpError::ForeignOwner { pid, number, link: link(), owner: owner.pid });
+        }
+    };
+    Ok((Some(records::Owner { kind: owner.kind, id, uid: 0, euid: 0 }), signal))
+}
