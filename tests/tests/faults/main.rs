@@ -4,6 +4,7 @@ mod common;
 mod dumping;
 mod images;
 mod plugins;
+mod silence;
 mod sweep;
 
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     tests.extend(dumping::tests());
     tests.extend(images::tests());
     tests.extend(plugins::tests());
+    tests.extend(silence::tests());
     tests.extend(sweep::tests());
     suite::main(tests)
 }
