@@ -260,16 +260,15 @@ fn ended_how(supervision: &Supervision<'_>, status: WaitStatus) -> Result<u8, Fr
     }
 }
 
-/// Waits for the restored root task, a child of this process, and gives the exit status that a shell would.
-pub fn wait_for_root(pid: i32) -> Result<u8, FrontError> {
-    loop {
-        match waitpid(Pid::from_raw(pid), None) {
-            Ok(WaitStatus::Exited(_, code)) => return Ok(code as u8),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok((128 + signal as i32) as u8),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(system("wait for the restored process")(errno)),
-        }
-    }
+/// Makes `group` the foreground group of the controlling terminal, which is standard input. A background process that
+/// does so is stopped by SIGTTOU unless it blocks that (tcsetpgrp(3)).
+pub fn set_foreground(group: Pid) {
+    let signals: SigSet = [Signal::SIGTTOU].into_iter().collect();
+    let mut before = SigSet::empty();
+    let _ = sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), Some(&mut before));
+    // ENOTTY: the terminal is that of another session, and none of our business.
+    let _ = nix::unistd::tcsetpgrp(io::stdin(), group);
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&before), None);
 }
 
 #[cfg(test)]

@@ -86,8 +86,6 @@ workloads! {
     tree_blocked: "tasks blocked in wait, read and write";
     tree_fork_storm: "processes that fork all the time", unsteady;
     tree_300: "300 children", heavy;
-    creds: "credentials and capabilities";
-    task_settings: "priorities, limits and other settings of a task";
     fs_identity: "working directory, umask, personality and name";
     fs_chroot: "a root directory of its own", host;
     files_offsets: "offsets of regular files, shared by dup and by fork";
@@ -115,15 +113,6 @@ workloads! {
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
     mixture: "many behaviours in one tree";
     unclaimed: "descriptors that only the tests' plugin claims", apart;
-    shy_interval_timer: "an interval timer", apart;
-    shy_posix_timer: "a POSIX timer", apart;
-    shy_deleted_file: "an open file without a name", apart;
-    shy_file_lock: "file locks", apart;
-    shy_memfd: "a memory file", apart;
-    shy_shared_table: "two processes with one descriptor table", apart;
-    shy_inotify: "an inotify instance with a watch", apart;
-    shy_sockets: "TCP and UDP sockets", apart;
-    shy_sysv: "System V shared memory", apart;
 }
 
 /// The workload of a name.

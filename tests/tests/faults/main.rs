@@ -4,7 +4,6 @@ mod common;
 mod dumping;
 mod images;
 mod plugins;
-mod silence;
 mod sweep;
 
 use std::process::ExitCode;
@@ -22,7 +21,6 @@ fn main() -> ExitCode {
     tests.extend(dumping::tests());
     tests.extend(images::tests());
     tests.extend(plugins::tests());
-    tests.extend(silence::tests());
     tests.extend(sweep::tests());
     suite::main(tests)
 }

@@ -1,0 +1,399 @@
+//! Descriptors of a task: create, pull from the creators, link, settle; then flags, positions and owners.
+
+use super::{
+    descriptor_plan::{Item, Phase, name},
+    error::{RestoreError, Result},
+    host::{RestoreHost, object_info},
+    sys,
+    world::{World, task_name},
+};
+use crate::{
+    image::records::{Actor, Handle, Object, PathRef},
+    plugins::{CallContext, DescriptorKind, PluginError},
+};
+use nix::sys::stat::Mode;
+use stasis_plugin_api::ObjectInfo;
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
+    path::{Path, PathBuf},
+};
+
+/// Flags that fcntl(2) can set later.
+const SETTABLE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
+/// Flags that would make or cut the file again; `__O_TMPFILE` is O_TMPFILE without O_DIRECTORY.
+const CREATING: i32 =
+    libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | (libc::O_TMPFILE & !libc::O_DIRECTORY) | libc::O_ASYNC;
+
+/// Commands of fcntl(2) that the libc crate lacks (asm-generic/fcntl.h).
+const F_SETSIG: i32 = 10;
+const F_SETOWN_EX: i32 = 15;
+
+/// Descriptors of the calling task.
+pub struct TaskDescriptors<'a> {
+    world: &'a World,
+    node: usize,
+    pid: i32,
+    name: String,
+    /// Numbers of each handle that this task holds.
+    numbers: BTreeMap<u32, Vec<(i32, bool)>>,
+    parked: Vec<i32>,
+}
+
+impl<'a> TaskDescriptors<'a> {
+    /// For the task or stand-in of a node.
+    pub fn new(world: &'a World, node: usize) -> Self {
+        let task = world.plans.task(node);
+        let mut numbers: BTreeMap<u32, Vec<(i32, bool)>> = BTreeMap::new();
+        let table = task.and_then(|task| world.plans.image.tables.get(&task.files));
+        for descriptor in table.map_or(&[][..], |table| &table.descriptors) {
+            numbers
+                .entry(descriptor.handle)
+                .or_default()
+                .push((descriptor.number as i32, descriptor.cloexec));
+        }
+        let pid = world.plans.tree.nodes[node].pid;
+        Self { world, node, pid, name: task.map(task_name).unwrap_or_default(), numbers, parked: Vec::new() }
+    }
+
+    fn failed(&self, operation: impl Into<String>) -> impl FnOnce(io::Error) -> RestoreError {
+        let (pid, name, operation) = (self.pid, self.name.clone(), operation.into());
+        move |source| RestoreError::Task { pid, name, operation, source }
+    }
+
+    /// Creates what the session leader must create before it forks.
+    pub fn create_early(&mut self) -> Result<()> {
+        self.create(|creation| creation.early)
+    }
+
+    /// Creates what belongs to one level.
+    pub fn create_level(&mut self, level: usize) -> Result<()> {
+        self.create(|creation| !creation.early && creation.level == level)
+    }
+
+    fn create(&mut self, wanted: impl Fn(&super::descriptor_plan::Creation) -> bool) -> Result<()> {
+        let world = self.world;
+        for creation in &world.plans.descriptors.creations {
+            if creation.node != self.node || !wanted(creation) {
+                continue;
+            }
+            match creation.item {
+                Item::File(id) => self.create_file(id)?,
+                Item::Object(id) => self.create_object(id, creation.early)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn create_file(&mut self, id: u32) -> Result<()> {
+        let Some(handle) = self.world.plans.image.handles.get(&id) else { return Ok(()) };
+        let path = handle.path.clone().unwrap_or_default();
+        let fd = self.open(handle, &path)?;
+        if handle.position != 0 {
+            let seek = nix::unistd::lseek(&fd, handle.position as i64, nix::unistd::Whence::SeekSet);
+            seek.map_err(|errno| self.failed(format!("set the position of {}", shown(&path)))(errno.into()))?;
+        }
+        self.place(vec![(id, fd)], false)
+    }
+
+    fn open(&self, handle: &Handle, path: &PathRef) -> Result<OwnedFd> {
+        let flags = handle.status_flags as i32 & !CREATING | libc::O_CLOEXEC | libc::O_NOCTTY;
+        let flags = nix::fcntl::OFlag::from_bits_retain(flags);
+        let place = OsStr::from_bytes(&path.path);
+        let fd = nix::fcntl::open(Path::new(place), flags, Mode::empty());
+        let fd = fd.map_err(|errno| {
+            self.failed(format!("open {} for descriptor {}", shown(path), handle.first_fd))(errno.into())
+        })?;
+        let file = std::fs::File::from(fd);
+        let now = file.metadata().map_err(self.failed(format!("look at {}", shown(path))))?;
+        let difference = if (now.mode() ^ path.mode) & libc::S_IFMT != 0 {
+            Some("it is of another type than at the dump".to_owned())
+        } else if path.mode & libc::S_IFMT == libc::S_IFREG && now.len() < path.size {
+            Some(format!("it has {} bytes, but had {} at the dump", now.len(), path.size))
+        } else {
+            None
+        };
+        match difference {
+            None => Ok(file.into()),
+            Some(difference) => Err(RestoreError::File {
+                pid: self.pid,
+                name: self.name.clone(),
+                use_of: format!("descriptor {}", handle.first_fd),
+                path: PathBuf::from(place),
+                difference,
+            }),
+        }
+    }
+
+    fn create_object(&mut self, id: u32, early: bool) -> Result<()> {
+        let Some((object, kind, info)) = self.find(id)? else { return Ok(()) };
+        let fds =
+            self.call(object, object.create_as, |context| context.create(kind, &info, &object.record))?;
+        let ids = info.handles.iter().map(|handle| handle.id);
+        self.place(ids.zip(fds).collect(), early)
+    }
+
+    fn find(&self, id: u32) -> Result<Option<(&'a Object, &'a DescriptorKind, ObjectInfo)>> {
+        let plans = &self.world.plans;
+        let (Some(object), Some(info)) = (plans.image.objects.get(&id), object_info(plans, id)) else {
+            return Ok(None);
+        };
+        match plans.registry.descriptor_kind(&object.plugin, &object.kind) {
+            Some(kind) => Ok(Some((object, kind, info))),
+            None => Err(RestoreError::Machine {
+                what: format!("plugin {} knows no {} ({})", object.plugin, object.kind, name(object)),
+            }),
+        }
+    }
+
+    fn call<T>(
+        &self,
+        object: &Object,
+        actor: Option<Actor>,
+        hook: impl FnOnce(&CallContext<'_, RestoreHost<'_>>) -> std::result::Result<T, PluginError>,
+    ) -> Result<T> {
+        let plans = &self.world.plans;
+        let host = RestoreHost {
+            plans,
+            world: Some(self.world),
+            plugin: &object.plugin,
+            node: self.node,
+            pid: self.pid,
+        };
+        let context = CallContext {
+            watch: self.world.watch,
+            host: &host,
+            task: self.pid,
+            task_name: &self.name,
+            resource: &name(object),
+        };
+        let ids = actor.filter(|actor| actor.has_ids).map(|actor| (actor.uid, actor.gid));
+        let Some((uid, gid)) = ids else { return Ok(hook(&context)?) };
+        self.become_effective(uid, gid)?;
+        let result = hook(&context);
+        self.become_effective_root()?;
+        Ok(result?)
+    }
+
+    /// Group first: afterwards there is no privilege for it.
+    fn become_effective(&self, uid: u32, gid: u32) -> Result<()> {
+        let set = nix::unistd::setegid(gid.into()).and_then(|()| nix::unistd::seteuid(uid.into()));
+        set.map_err(|errno| self.failed(format!("take on uid {uid} and gid {gid}"))(errno.into()))
+    }
+
+    fn become_effective_root(&self) -> Result<()> {
+        let set = nix::unistd::seteuid(0.into()).and_then(|()| nix::unistd::setegid(0.into()));
+        set.map_err(|errno| self.failed("become root again")(errno.into()))
+    }
+
+    /// Puts created handles at their final numbers, or parks them, and says where they are.
+    fn place(&mut self, fds: Vec<(u32, OwnedFd)>, early: bool) -> Result<()> {
+        let several = fds.len() > 1;
+        let mut up = Vec::with_capacity(fds.len());
+        for (id, fd) in fds {
+            let home =
+                self.numbers.get(&id).is_some_and(|n| n.iter().any(|(number, _)| *number == fd.as_raw_fd()));
+            let park = early || !self.numbers.contains_key(&id);
+            // Among several, one may sit where another belongs.
+            if park || several && !home {
+                up.push((id, self.move_up(fd)?, park))
+            } else {
+                up.push((id, fd, false))
+            }
+        }
+        for (id, fd, park) in up {
+            let at = if park {
+                let number = fd.into_raw_fd();
+                self.parked.push(number);
+                number
+            } else {
+                self.settle_numbers(id, fd)?
+            };
+            self.world.locations.set(id, at);
+        }
+        Ok(())
+    }
+
+    fn move_up(&self, fd: OwnedFd) -> Result<OwnedFd> {
+        let moved = sys::duplicate_above(fd.as_raw_fd(), self.world.parking);
+        let moved = moved.map_err(self.failed("move a descriptor out of the way"))?;
+        if moved.as_raw_fd() < self.world.plans.descriptors.service.end {
+            return Ok(moved);
+        }
+        Err(self.failed("find a free descriptor number")(nix::errno::Errno::EMFILE.into()))
+    }
+
+    /// Duplicates `fd` to all numbers of a handle and gives one of them.
+    fn settle_numbers(&self, id: u32, fd: OwnedFd) -> Result<i32> {
+        let numbers = self.numbers.get(&id).map_or(&[][..], Vec::as_slice);
+        let from = fd.into_raw_fd();
+        let mut stays = false;
+        for &(number, cloexec) in numbers {
+            let set = if number == from {
+                stays = true;
+                let flags = if cloexec { libc::FD_CLOEXEC } else { 0 };
+                sys::fcntl(from, libc::F_SETFD, flags.into()).map(drop)
+            } else {
+                sys::duplicate_to(from, number, cloexec)
+            };
+            set.map_err(self.failed(format!("put a descriptor at number {number}")))?;
+        }
+        if !stays {
+            sys::close(from);
+        }
+        Ok(numbers.first().map_or(from, |(number, _)| *number))
+    }
+
+    /// Takes duplicates of all handles that other tasks created, and of our own early ones.
+    pub fn pull(&mut self) -> Result<()> {
+        let descriptors = &self.world.plans.descriptors;
+        let mut creators: BTreeMap<usize, OwnedFd> = BTreeMap::new();
+        for &id in self.numbers.keys() {
+            let Some(&creator) = descriptors.creator.get(&id) else { continue };
+            let Some(number) = self.world.locations.get(id) else { continue };
+            let fd = if creator == self.node {
+                if !self.parked.contains(&number) {
+                    continue;
+                }
+                sys::duplicate_above(number, 0).map_err(self.failed("duplicate a descriptor"))?
+            } else {
+                let pid = self.world.plans.tree.nodes[creator].pid;
+                let pidfd = match creators.entry(creator) {
+                    std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
+                    std::collections::btree_map::Entry::Vacant(entry) => {
+                        let pidfd = sys::pidfd_open(pid).map_err(self.failed(format!("open task {pid}")))?;
+                        entry.insert(self.move_up(pidfd)?)
+                    }
+                };
+                sys::pidfd_getfd(pidfd.as_fd(), number)
+                    .map_err(self.failed(format!("take descriptor {number} of task {pid}")))?
+            };
+            self.settle_numbers(id, fd)?;
+        }
+        Ok(())
+    }
+
+    /// Link phase of the objects for which this task is the actor.
+    pub fn link(&self) -> Result<()> {
+        self.phase(
+            &self.world.plans.descriptors.link,
+            |object| object.link_as,
+            |context, kind, info, record| context.link(kind, info, record),
+        )
+    }
+
+    /// Settle phase.
+    pub fn settle(&self) -> Result<()> {
+        self.phase(
+            &self.world.plans.descriptors.settle,
+            |object| object.settle_as,
+            |context, kind, info, record| context.settle(kind, info, record),
+        )
+    }
+
+    fn phase(
+        &self,
+        phases: &[Phase],
+        actor: impl Fn(&Object) -> Option<Actor>,
+        hook: impl Fn(
+            &CallContext<'_, RestoreHost<'_>>,
+            &DescriptorKind,
+            &ObjectInfo,
+            &[u8],
+        ) -> std::result::Result<(), PluginError>,
+    ) -> Result<()> {
+        for phase in phases.iter().filter(|phase| phase.node == self.node) {
+            let Some((object, kind, info)) = self.find(phase.object)? else { continue };
+            self.call(object, actor(object), |context| hook(context, kind, &info, &object.record))?;
+        }
+        Ok(())
+    }
+
+    /// Flags, position, owner and signal of what this task created; then parked descriptors go.
+    pub fn finish(&mut self) -> Result<()> {
+        let plans = &self.world.plans;
+        for creation in plans.descriptors.creations.iter().filter(|creation| creation.node == self.node) {
+            match creation.item {
+                Item::File(id) => self.finish_handle(id)?,
+                Item::Object(id) => {
+                    let handles = plans.image.objects.get(&id).map_or(&[][..], |object| &object.handles);
+                    handles.iter().try_for_each(|&handle| self.finish_handle(handle))?;
+                }
+            }
+        }
+        self.parked.drain(..).for_each(sys::close);
+        Ok(())
+    }
+
+    fn finish_handle(&self, id: u32) -> Result<()> {
+        let (Some(handle), Some(fd)) =
+            (self.world.plans.image.handles.get(&id), self.world.locations.get(id))
+        else {
+            return Ok(());
+        };
+        if handle.status_flags as i32 & libc::O_PATH != 0 {
+            return Ok(());
+        }
+        let what =
+            |what: &str| format!("set {what} of descriptor {} of task {}", handle.first_fd, handle.first_pid);
+        if handle.object != 0 && handle.position != 0 {
+            // SAFETY: an integer argument. ESPIPE: a kind that has no position but shows one.
+            unsafe { libc::lseek(fd, handle.position as i64, libc::SEEK_SET) };
+        }
+        if let Some(owner) = &handle.owner {
+            self.set_owner(fd, owner).map_err(self.failed(what("the owner")))?;
+        }
+        if handle.signal != 0 {
+            sys::fcntl(fd, F_SETSIG, handle.signal.into()).map_err(self.failed(what("the signal")))?;
+        }
+        let wanted = handle.status_flags as i32 & SETTABLE;
+        let present = sys::fcntl(fd, libc::F_GETFL, 0).map_err(self.failed(what("the flags")))? & SETTABLE;
+        if wanted != present {
+            sys::fcntl(fd, libc::F_SETFL, wanted.into()).map_err(self.failed(what("the flags")))?;
+        }
+        Ok(())
+    }
+
+    /// The kernel keeps the ids of the caller for the permission to signal (f_setown in fs/fcntl.c).
+    fn set_owner(&self, fd: i32, owner: &crate::image::records::Owner) -> io::Result<()> {
+        #[repr(C)]
+        struct OwnerEx {
+            kind: i32,
+            pid: i32,
+        }
+        let argument = OwnerEx { kind: owner.kind, pid: owner.id };
+        let all = u32::MAX;
+        let set = |uid: u32, euid: u32| {
+            // SAFETY: three integers.
+            nix::errno::Errno::result(unsafe { libc::setresuid(uid, euid, all) }).map(drop)
+        };
+        let differs = owner.uid != 0 || owner.euid != 0;
+        if differs {
+            set(owner.uid, owner.euid)?;
+        }
+        // SAFETY: the structure outlives the call.
+        let result = nix::errno::Errno::result(unsafe { libc::fcntl(fd, F_SETOWN_EX, &raw const argument) });
+        if differs {
+            set(0, 0)?;
+        }
+        result?;
+        Ok(())
+    }
+}
+
+fn shown(path: &PathRef) -> String {
+    Path::new(OsStr::from_bytes(&path.path)).display().to_string()
+}
+
+/// Opens a path of the image, at a number of our own.
+pub fn open_path(path: &PathRef, flags: i32, above: i32) -> io::Result<OwnedFd> {
+    let flags = nix::fcntl::OFlag::from_bits_retain(flags | libc::O_CLOEXEC);
+    let fd = nix::fcntl::open(Path::new(OsStr::from_bytes(&path.path)), flags, Mode::empty())?;
+    let moved = sys::duplicate_above(fd.as_raw_fd(), above)?;
+    Ok(moved)
+}

@@ -1,0 +1,160 @@
+//! The services that hooks get in a restored task (and, for a few, in the command).
+
+use super::{
+    sys,
+    world::{Plans, World, task_name},
+};
+use crate::image::records::Handle;
+use stasis_plugin_api::{
+    HandleInfo, HookError, ObjectInfo, SessionInfo, TaskInfo,
+    abi::{AbiResult, HostAbi},
+    abi_stable::std_types::{RErr, ROk, ROption, RSlice, RSliceMut, RStr, RString, RVec},
+};
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd, IntoRawFd, OwnedFd},
+};
+
+/// The host for hooks of one plugin.
+pub struct RestoreHost<'a> {
+    /// Image, plugins, plans.
+    pub plans: &'a Plans,
+    /// What only tasks have; none in the command.
+    pub world: Option<&'a World>,
+    /// The plugin.
+    pub plugin: &'a str,
+    /// Node of the task in which the hook runs.
+    pub node: usize,
+    /// Pid of that task, or 0.
+    pub pid: i32,
+}
+
+fn refused<T>(what: &str) -> AbiResult<T> {
+    RErr(HookError::invalid(format!("{what} is for dump only")))
+}
+
+impl RestoreHost<'_> {
+    fn duplicate(&self, id: u32) -> Result<OwnedFd, HookError> {
+        let failed = |error| HookError::failed(format!("getting handle {id}"), error);
+        let world = self.world.ok_or_else(|| HookError::invalid("there are no handles outside of tasks"))?;
+        let creator = self.plans.descriptors.creator.get(&id).copied();
+        let creator = creator.ok_or_else(|| HookError::invalid(format!("there is no handle {id}")))?;
+        let number = world.locations.get(id).ok_or_else(|| {
+            HookError::invalid(format!(
+                "handle {id} is not created yet (name it in `after` to have it in `create`)"
+            ))
+        })?;
+        if creator == self.node {
+            return sys::duplicate_above(number, 0).map_err(failed);
+        }
+        let pidfd = sys::pidfd_open(self.plans.tree.nodes[creator].pid).map_err(failed)?;
+        sys::pidfd_getfd(pidfd.as_fd(), number).map_err(failed)
+    }
+}
+
+impl HostAbi for RestoreHost<'_> {
+    fn option(&self, name: RStr<'_>) -> ROption<RString> {
+        self.plans.registry.option(self.plugin, name.as_str()).map(RString::from).into()
+    }
+    fn warn(&self, message: RStr<'_>) {
+        tracing::warn!(plugin = self.plugin, task = self.pid, "{message}");
+    }
+    fn progress(&self, done: u64, total: u64) {
+        tracing::debug!(plugin = self.plugin, done, total, "progress");
+    }
+    fn current_task(&self) -> i32 {
+        self.pid
+    }
+    fn tasks(&self) -> RVec<TaskInfo> {
+        let tasks = self.plans.image.tasks.iter();
+        tasks
+            .map(|task| TaskInfo {
+                pid: task.pid,
+                ppid: task.ppid,
+                pgid: task.pgid,
+                sid: task.sid,
+                host_pid: 0,
+                name: task_name(task).into(),
+            })
+            .collect()
+    }
+    fn sessions(&self) -> RVec<SessionInfo> {
+        let tasks = &self.plans.image.tasks;
+        let mut sessions: BTreeMap<i32, SessionInfo> = BTreeMap::new();
+        for task in tasks {
+            let Some(terminal) = task.tty_nr.filter(|tty| *tty != 0) else { continue };
+            sessions.entry(task.sid).or_insert_with(|| SessionInfo {
+                sid: task.sid,
+                leader_in_tree: tasks.iter().any(|other| other.pid == task.sid),
+                terminal: terminal_device(terminal),
+                foreground: task.tty_pgrp.unwrap_or(-1),
+            });
+        }
+        sessions.into_values().collect()
+    }
+    fn handle(&self, id: u32) -> ROption<HandleInfo> {
+        self.plans.image.handles.get(&id).map(|handle| handle_info(self.plans, handle)).into()
+    }
+    fn handle_at(&self, pid: i32, fd: i32) -> ROption<u32> {
+        let image = self.plans.image;
+        let table = image.task(pid).and_then(|task| image.tables.get(&task.files));
+        let descriptors = table.map_or(&[][..], |table| &table.descriptors);
+        descriptors.iter().find(|d| d.number as i32 == fd).map(|d| d.handle).into()
+    }
+    fn open_handle(&self, id: u32) -> AbiResult<i32> {
+        self.duplicate(id).map(IntoRawFd::into_raw_fd).into()
+    }
+    fn open_proc(&self, _: i32) -> AbiResult<i32> {
+        refused("open_proc")
+    }
+    fn remote_syscall(&self, _: i32, _: i64, _: &[u64; 6]) -> AbiResult<i64> {
+        refused("remote_syscall")
+    }
+    fn read_memory(&self, _: i32, _: u64, _: RSliceMut<'_, u8>) -> AbiResult<()> {
+        refused("read_memory")
+    }
+    fn blob_append(&self, _: RStr<'_>, _: RSlice<'_, u8>) -> AbiResult<()> {
+        refused("blob_append")
+    }
+    fn blob_read(&self, name: RStr<'_>, offset: u64, mut buffer: RSliceMut<'_, u8>) -> AbiResult<usize> {
+        let Some(world) = self.world else { return RErr(HookError::invalid("blobs are read in tasks")) };
+        let Ok(mut blobs) = world.blobs.try_borrow_mut() else {
+            return RErr(HookError::invalid("a blob is being read already"));
+        };
+        match blobs.read_at(self.plugin, name.as_str(), offset, buffer.as_mut_slice()) {
+            Ok(n) => ROk(n),
+            Err(error) => RErr(HookError::invalid(error.to_string())),
+        }
+    }
+}
+
+/// Device number as makedev(3) gives it, from the old encoding of field 7 of proc_pid_stat(5).
+fn terminal_device(tty_nr: i32) -> u64 {
+    let number = tty_nr as u32;
+    libc::makedev(number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xfff00)
+}
+
+fn handle_info(plans: &Plans, handle: &Handle) -> HandleInfo {
+    let path = handle.path.as_ref();
+    HandleInfo {
+        id: handle.id,
+        link: path.map(|path| String::from_utf8_lossy(&path.path).into_owned().into()).unwrap_or_default(),
+        status_flags: handle.status_flags,
+        position: handle.position,
+        holders: plans.holders.get(&handle.id).into_iter().flatten().cloned().collect(),
+        role: handle.role,
+        ..HandleInfo::default()
+    }
+}
+
+/// What hooks are told of an object.
+pub fn object_info(plans: &Plans, object: u32) -> Option<ObjectInfo> {
+    let object = plans.image.objects.get(&object)?;
+    let handles = object.handles.iter().filter_map(|id| plans.image.handles.get(id));
+    Some(ObjectInfo {
+        id: object.id,
+        handles: handles.map(|handle| handle_info(plans, handle)).collect(),
+        description: object.description.as_str().into(),
+        ..ObjectInfo::default()
+    })
+}

@@ -1,0 +1,174 @@
+//! The root task: a bare fork of the first process. It reads the image and loads the plugins once, waits until the
+//! guardian traces it, enters its namespaces and becomes the ancestor of all others.
+
+use super::{
+    RestoreOptions,
+    error::{RestoreError, Result},
+    host::RestoreHost,
+    memory::TaskMemory,
+    node::{Life, leave},
+    shared::Shared,
+    sys,
+    world::{Plans, World, memory_pid},
+};
+use crate::{
+    image::records::NamespaceObject,
+    plugins::{CallContext, HookWatch, NamespaceKind, PluginError},
+};
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use std::{
+    convert::Infallible,
+    io::Read,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+/// What the root task is given.
+pub struct RootSetup<'a> {
+    /// Options of the command.
+    pub options: &'a RestoreOptions,
+    /// Stage, failure, slots.
+    pub shared: Shared,
+    /// Which hook runs.
+    pub watch: &'static HookWatch,
+    /// A byte comes when the guardian traces this task; the end of the file, when the command is gone.
+    pub permission: OwnedFd,
+}
+
+/// In the root task; never returns.
+pub fn run(setup: RootSetup<'_>) -> ! {
+    let shared = setup.shared;
+    let result = prepare(setup).and_then(|world| {
+        let memory = TaskMemory::root(&world.memory, memory_pid(&world.plans.tree, 0))?;
+        Life::new(world, 0).live(memory)
+    });
+    end(shared, result)
+}
+
+/// Says why this process cannot go on, and ends it.
+pub fn end(shared: Shared, result: Result<Infallible>) -> ! {
+    let Err(error) = result;
+    // Who was only told to stop has nothing to say.
+    if !matches!(error, RestoreError::Aborted(_)) {
+        let failure = error.to_failure();
+        shared.fail(&serde_json::to_string(&failure).unwrap_or(failure.message));
+    }
+    leave(1)
+}
+
+fn prepare(setup: RootSetup<'_>) -> Result<&'static World> {
+    let RootSetup { options, shared, watch, permission } = setup;
+    // Whatever signal comes is for the restored program. Nothing of this one may be printed by its descriptors.
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
+    std::panic::set_hook(Box::new(move |panic| {
+        let message = format!("internal error in a task that was being restored: {panic}");
+        let failure = super::error::Failure { message, pid: 0, errno: 0, status: 1 };
+        shared.fail(&serde_json::to_string(&failure).unwrap_or_default());
+    }));
+    let silent = tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::default());
+    std::mem::forget(silent);
+    let plans = Plans::new(options)?;
+    close_all_but(&permission)?;
+    raise_descriptor_limit()?;
+    // Hooks make files with exactly the modes they ask for; the restorer sets the mask of the image.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    let world: &'static World = Box::leak(Box::new(World::new(plans, shared, watch)?));
+    wait_for_permission(permission)?;
+    become_root_inside(&world.plans)?;
+    namespaces(world, |context, kind, record| context.enter_namespace(kind, record))?;
+    Ok(world)
+}
+
+fn wait_for_permission(permission: OwnedFd) -> Result<()> {
+    let mut byte = [0];
+    let mut file = std::fs::File::from(permission);
+    match file.read(&mut byte) {
+        Ok(1) => Ok(()),
+        // The command is gone, and with it everybody who wants this task.
+        _ => leave(1),
+    }
+}
+
+/// Inherited descriptors, standard input and output among them, are none of the image's.
+fn close_all_but(kept: &OwnedFd) -> Result<()> {
+    let kept = kept.as_raw_fd();
+    let close = |first: i32, last: u32| {
+        sys::close_range(first, last).map_err(RestoreError::system("close inherited descriptors"))
+    };
+    if kept > 0 {
+        close(0, kept as u32 - 1)?;
+    }
+    close(kept + 1, u32::MAX)
+}
+
+/// Tables may be as large as they were; the restorer sets the limit of the image.
+fn raise_descriptor_limit() -> Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raise = || {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    };
+    raise().map_err(|errno| RestoreError::system("raise RLIMIT_NOFILE")(errno.into()))
+}
+
+/// In a new user namespace this task has no ids until the maps are written; uid 0 of it, if there is one, is what hooks
+/// expect to be.
+fn become_root_inside(plans: &Plans) -> Result<()> {
+    if !plans.image.namespaces.values().any(|namespace| namespace.kind == "user") {
+        return Ok(());
+    }
+    use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+    let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
+    // Refused where setgroups is denied, and there are no groups then.
+    let _ = setgroups(&[]);
+    let set = setresgid(gid, gid, gid).and_then(|()| setresuid(uid, uid, uid));
+    set.map_err(|errno| RestoreError::system("become root of the new user namespace")(errno.into()))?;
+    // Lost with the old ids; without it files below /proc/self belong to a stranger.
+    sys::prctl(libc::PR_SET_DUMPABLE, 1).map(drop).map_err(RestoreError::system("set PR_SET_DUMPABLE"))
+}
+
+/// Namespaces of the image, each after those that its kind comes after.
+pub fn ordered(plans: &Plans) -> Vec<(&'static NamespaceObject, Option<&NamespaceKind>)> {
+    let mut rest: Vec<&'static NamespaceObject> = plans.image.namespaces.values().collect();
+    let kind =
+        |namespace: &NamespaceObject| plans.registry.namespace_kind(&namespace.plugin, &namespace.kind);
+    let mut order = Vec::with_capacity(rest.len());
+    while !rest.is_empty() {
+        let ready = rest.iter().position(|namespace| {
+            let after = kind(namespace).map_or(&[][..], |kind| &kind.declaration.after[..]);
+            !rest.iter().any(|other| after.iter().any(|name| name.as_str() == other.kind))
+        });
+        // A cycle of kinds is broken at the first: the order is only a wish of their authors.
+        let namespace = rest.remove(ready.unwrap_or(0));
+        order.push((namespace, kind(namespace)));
+    }
+    order
+}
+
+fn namespaces(
+    world: &World,
+    hook: impl Fn(
+        &CallContext<'_, RestoreHost<'_>>,
+        &NamespaceKind,
+        &[u8],
+    ) -> std::result::Result<(), PluginError>,
+) -> Result<()> {
+    let pid = world.plans.tree.nodes[0].pid;
+    for (namespace, kind) in ordered(&world.plans) {
+        let Some(kind) = kind else {
+            let what = format!("plugin {} knows no {} namespaces", namespace.plugin, namespace.kind);
+            return Err(RestoreError::Machine { what });
+        };
+        let host =
+            RestoreHost { plans: &world.plans, world: Some(world), plugin: &namespace.plugin, node: 0, pid };
+        let resource = format!("{} namespace", namespace.kind);
+        let context =
+            CallContext { watch: world.watch, host: &host, task: pid, task_name: "", resource: &resource };
+        hook(&context, kind, &namespace.record)?;
+    }
+    Ok(())
+}
+
+/// When all descriptors are settled.
+pub fn finish_namespaces(world: &World) -> Result<()> {
+    namespaces(world, |context, kind, record| context.finish_namespace(kind, record))
+}

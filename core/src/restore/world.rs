@@ -1,0 +1,249 @@
+//! What every restored process knows: image, plans, plugins, page files. Made once in the root task, before it enters
+//! any namespace; all others inherit it by copy-on-write.
+
+use super::{
+    RestoreOptions,
+    descriptor_plan::{DescriptorPlan, FIXED},
+    error::{RestoreError, Result},
+    memory::{MemoryPlan, PageFiles, Parent, Records},
+    shared::Shared,
+    sys,
+    tree_plan::{NodeKind, TreePlan, TreeTask},
+};
+use crate::{
+    image::{
+        BlobStore, Image,
+        records::{MappedFile, MemoryMap, PageMap, SharedSegment, Task},
+    },
+    plugins::{HookWatch, Registry},
+};
+use stasis_plugin_api::Holder;
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    fs::File,
+    os::fd::AsRawFd,
+    sync::atomic::{AtomicI32, Ordering},
+};
+
+/// Image and plans, the same in the command and in the root task: both compute them from the image alone.
+pub struct Plans {
+    /// The image.
+    pub image: &'static Image,
+    /// The plugins it needs.
+    pub registry: Registry,
+    /// Who forks whom.
+    pub tree: TreePlan,
+    /// Who creates what.
+    pub descriptors: DescriptorPlan,
+    /// Tasks and numbers that refer to each handle.
+    pub holders: BTreeMap<u32, Vec<Holder>>,
+}
+
+impl Plans {
+    /// Reads the image, loads the plugins and plans.
+    pub fn new(options: &RestoreOptions) -> Result<Self> {
+        // Kept for the life of the process: the tasks never leave it in the usual way.
+        let image: &'static Image = Box::leak(Box::new(Image::open(&options.images_dir)?));
+        let mut registry = Registry::load_needed(&options.plugins, &image.header)?;
+        registry.set_options(&options.plugin_options)?;
+        registry.adopt_options(&image.header);
+        let tasks: Vec<TreeTask> = image
+            .tasks
+            .iter()
+            .map(|t| TreeTask { pid: t.pid, ppid: t.ppid, pgid: t.pgid, sid: t.sid, zombie: t.zombie })
+            .collect();
+        let tree = TreePlan::new(&tasks, &DescriptorPlan::stand_ins(image))?;
+        let after = |plugin: &str, kind: &str| {
+            let kind = registry.descriptor_kind(plugin, kind);
+            kind.map(|kind| kind.declaration.after.iter().map(ToString::to_string).collect())
+                .unwrap_or_default()
+        };
+        let descriptors = DescriptorPlan::new(image, &tree, &after, descriptor_limit())?;
+        let mut holders: BTreeMap<u32, Vec<Holder>> = BTreeMap::new();
+        for task in image.tasks.iter().filter(|task| !task.zombie) {
+            for descriptor in image.tables.get(&task.files).map_or(&[][..], |table| &table.descriptors) {
+                let (fd, cloexec) = (descriptor.number as i32, descriptor.cloexec);
+                holders.entry(descriptor.handle).or_default().push(Holder { pid: task.pid, fd, cloexec });
+            }
+        }
+        Ok(Self { image, registry, tree, descriptors, holders })
+    }
+
+    /// The task of a node, if it is one that runs on.
+    pub fn task(&self, node: usize) -> Option<&'static Task> {
+        match self.tree.nodes.get(node)?.kind {
+            NodeKind::Task(at) => self.image.tasks.get(at),
+            _ => None,
+        }
+    }
+}
+
+/// The number of descriptors that this process may have.
+fn descriptor_limit() -> i32 {
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
+    limit.map_or(1024, |(_, hard)| i32::try_from(hard).unwrap_or(i32::MAX))
+}
+
+/// Name of a task, for messages.
+pub fn task_name(task: &Task) -> String {
+    let name = task.threads.first().map_or(&[][..], |thread| &thread.name);
+    String::from_utf8_lossy(name).trim_end_matches('\0').to_owned()
+}
+
+/// All of it.
+pub struct World {
+    /// Image, plugins, plans.
+    pub plans: Plans,
+    /// Memory.
+    pub memory: MemoryPlan,
+    /// Page files, open and mapped.
+    pub pages: PageFiles,
+    /// Blobs of plugins.
+    pub blobs: RefCell<BlobStore<'static>>,
+    /// Stage, failure, slots.
+    pub shared: Shared,
+    /// Which hook runs.
+    pub watch: &'static HookWatch,
+    /// Where each handle is in the table of its creator.
+    pub locations: Locations,
+    /// Our own descriptors: the restorer closes them.
+    pub own: Vec<i32>,
+    /// First number for parked handles.
+    pub parking: i32,
+    /// What all processes have from the first one.
+    pub inherited: Inherited,
+}
+
+/// Settings that a fork inherits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Inherited {
+    /// proc_pid_oom_score_adj(5).
+    pub oom_score_adj: i32,
+    /// proc_pid_coredump_filter(5).
+    pub coredump_filter: u32,
+}
+
+impl Inherited {
+    fn read() -> Result<Self> {
+        let read = |name: &str| {
+            let path = format!("/proc/self/{name}");
+            std::fs::read_to_string(&path).map_err(RestoreError::system(format!("read {path}")))
+        };
+        // The kernel writes numbers; what is none differs from any setting, and so is set.
+        let oom_score_adj = read("oom_score_adj")?.trim().parse().unwrap_or(i32::MIN);
+        let coredump_filter = u32::from_str_radix(read("coredump_filter")?.trim(), 16).unwrap_or(u32::MAX);
+        Ok(Self { oom_score_adj, coredump_filter })
+    }
+}
+
+impl World {
+    /// In the root task: opens what is needed, at numbers that no table of the image uses.
+    pub fn new(plans: Plans, shared: Shared, watch: &'static HookWatch) -> Result<Self> {
+        let image = plans.image;
+        let first = plans.descriptors.service.first;
+        let mut own = Vec::new();
+        let mut move_up = |file: File| -> Result<File> {
+            let moved = sys::duplicate_above(file.as_raw_fd(), first);
+            let moved = moved.map_err(RestoreError::system("move a descriptor out of the way"))?;
+            own.push(moved.as_raw_fd());
+            Ok(moved.into())
+        };
+        let last = image.shards.keys().next_back().map_or(0, |last| last + 1);
+        let files = (0..last).map(|index| match image.shards.get(&index) {
+            Some(_) => move_up(image.shard_file(index)?),
+            None => move_up(File::open("/dev/null").map_err(RestoreError::system("open /dev/null"))?),
+        });
+        let pages = PageFiles::new(files.collect::<Result<_>>()?)?;
+        let mut blobs = image.blobs()?;
+        if let Some(file) = blobs.file_mut() {
+            let old = file.try_clone().map_err(RestoreError::system("duplicate a descriptor"))?;
+            *file = move_up(old)?;
+        }
+        let parking = first + FIXED + last as i32;
+        let memory = memory_plan(&plans)?;
+        let locations = Locations::new(image)?;
+        let blobs = RefCell::new(blobs);
+        let inherited = Inherited::read()?;
+        Ok(Self { plans, memory, pages, blobs, shared, watch, locations, own, parking, inherited })
+    }
+}
+
+/// The pid by which the memory plan knows a node: its own, or one that no process can have.
+pub fn memory_pid(tree: &TreePlan, node: usize) -> i32 {
+    match tree.nodes.get(node).map_or(0, |node| node.pid) {
+        0 => -1 - node as i32,
+        pid => pid,
+    }
+}
+
+fn memory_plan(plans: &Plans) -> Result<MemoryPlan> {
+    let image = plans.image;
+    let tree: Vec<Parent> = plans
+        .tree
+        .nodes
+        .iter()
+        .enumerate()
+        .map(|(number, node)| Parent {
+            pid: memory_pid(&plans.tree, number),
+            parent: node.creator.map(|by| memory_pid(&plans.tree, by)),
+            map: plans.task(number).map(|task| task.mm),
+        })
+        .collect();
+    let maps: Vec<MemoryMap> = image.memory_maps.values().cloned().collect();
+    let files: Vec<MappedFile> = image.mapped_files.values().cloned().collect();
+    let segments: Vec<SharedSegment> = image.segments.values().cloned().collect();
+    let pages: Vec<PageMap> = image.page_maps.values().chain(image.segment_pages.values()).cloned().collect();
+    let records = Records { maps: &maps, files: &files, segments: &segments, pages: &pages, tree: &tree };
+    Ok(MemoryPlan::new(records, &occupied()?)?)
+}
+
+/// The mappings of this process.
+fn occupied() -> Result<Vec<std::ops::Range<u64>>> {
+    let path = "/proc/self/maps";
+    let text = std::fs::read_to_string(path).map_err(RestoreError::system(format!("read {path}")))?;
+    let range = |line: &str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+    };
+    Ok(text.lines().filter_map(range).collect())
+}
+
+/// A table in memory shared by all tasks: descriptor number of each handle in its creator, plus one; 0 as long as it is
+/// not created.
+pub struct Locations {
+    index: BTreeMap<u32, usize>,
+    table: &'static [AtomicI32],
+}
+
+impl Locations {
+    fn new(image: &Image) -> Result<Self> {
+        let index: BTreeMap<u32, usize> =
+            image.handles.keys().enumerate().map(|(at, &id)| (id, at)).collect();
+        let size = (index.len() * size_of::<AtomicI32>()).max(1);
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        if address == libc::MAP_FAILED {
+            return Err(RestoreError::system("map shared memory")(std::io::Error::last_os_error()));
+        }
+        // SAFETY: zeroed memory of that size, which is never unmapped by this program.
+        let table = unsafe { std::slice::from_raw_parts(address.cast::<AtomicI32>(), index.len()) };
+        Ok(Self { index, table })
+    }
+
+    /// Where a handle is.
+    pub fn get(&self, handle: u32) -> Option<i32> {
+        let number = self.table.get(*self.index.get(&handle)?)?.load(Ordering::Acquire);
+        (number > 0).then_some(number - 1)
+    }
+
+    /// Says where a handle is.
+    pub fn set(&self, handle: u32, number: i32) {
+        if let Some(slot) = self.index.get(&handle).and_then(|&at| self.table.get(at)) {
+            slot.store(number + 1, Ordering::Release);
+        }
+    }
+}
