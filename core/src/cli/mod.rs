@@ -10,6 +10,7 @@ mod inspect;
 mod logging;
 mod plugins;
 mod report;
+mod restore;
 
 use crate::plugins::{PluginChoice, split_arguments};
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -87,6 +88,8 @@ impl CommonArgs {
 enum Command {
     /// Write a process tree into an image
     Dump(dump::DumpArgs),
+    /// Rebuild a process tree from an image
+    Restore(restore::RestoreArgs),
     Check(check::CheckArgs),
     /// Show what is in an image
     Inspect(inspect::InspectArgs),
@@ -101,6 +104,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse_from(arguments);
     match &cli.command {
         Command::Dump(args) => dump::run(args, &cli.common, options),
+        Command::Restore(args) => restore::run(args, &cli.common, options),
         Command::Check(args) => check::run(args, &cli.common.plugins.choice(), cli.common.json),
         Command::Inspect(args) => inspect::run(args, cli.common.json),
         Command::Demo(args) => demo::run(args),
