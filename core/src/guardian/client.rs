@@ -34,8 +34,8 @@ pub struct WriteJob<'a> {
     pub ranges: Vec<PageRange>,
 }
 
-/// The guardian, as the command sees it. When the last process that holds this has dropped it, or is gone, the guardian undoes
-/// everything that is not finished.
+/// The guardian, as the command sees it. When every process that holds this has dropped it, or the process that asked to seize or
+/// adopt is gone, the guardian undoes everything that is not finished.
 #[derive(Debug)]
 pub struct Guardian {
     channel: Channel,
@@ -181,7 +181,7 @@ impl Guardian {
     /// guardian. Then one byte is written to `gate`, which is closed.
     pub fn adopt(&mut self, root: i32, gate: Option<OwnedFd>) -> Result<(), GuardianError> {
         let gates: Vec<BorrowedFd<'_>> = gate.iter().map(AsFd::as_fd).collect();
-        match self.ask(&Request::Adopt(root), &gates)? {
+        match self.ask(&Request::Adopt { root, command: std::process::id() as i32 }, &gates)? {
             Reply::Done => Ok(()),
             _ => Err(unexpected()),
         }

@@ -344,7 +344,12 @@ pub enum Request {
     /// See [`super::Guardian::finish`].
     Finish(Outcome),
     /// See [`super::Guardian::adopt`].
-    Adopt(i32),
+    Adopt {
+        /// Root of the tree.
+        root: i32,
+        /// The command's pid.
+        command: i32,
+    },
     /// See [`super::Guardian::wait_arrived`].
     WaitArrived {
         /// Threads.

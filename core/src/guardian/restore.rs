@@ -198,26 +198,25 @@ impl Nursery {
                 group_stop(&mut task.tracee, signal, waiter)?;
             }
         }
+        let mut left = Vec::new();
         for (_, task) in std::mem::take(&mut self.tasks) {
             match task.tracee {
-                Tracee::Stopped(stopped) => stopped.detach(0),
-                // A helper that is about to exit: stop it, so that it can be let go.
+                Tracee::Stopped(stopped) => left.extend(stopped.detach(0).err()),
+                // A helper on its way: it must stop before it can be let go.
                 Tracee::Running(running) => {
                     running.interrupt();
                     let mut tracee = Tracee::Running(running);
                     let deadline = Instant::now() + STEP_TIME;
                     while tracee.poll() && waiter.wait(deadline) {}
                     if let Tracee::Stopped(stopped) = tracee {
-                        let signal = match stopped.stop() {
-                            Stop::Signal(signal) => signal,
-                            _ => 0,
-                        };
-                        stopped.detach(signal);
+                        let signal = if let Stop::Signal(signal) = stopped.stop() { signal } else { 0 };
+                        left.extend(stopped.detach(signal).err());
                     }
                 }
                 Tracee::Gone(..) => {}
             }
         }
+        super::undo::see_off(left.into_iter().map(Tracee::Running).collect(), waiter);
         Ok(())
     }
 

@@ -142,7 +142,10 @@ fn attach_one(id: TaskId, tree: &mut Tree) -> Result<bool, GuardianError> {
     }
     let running = match Running::seize(id, Options::DUMP) {
         Ok(running) => running,
-        Err(Error::AlreadyTraced { tracer, .. }) if tracer == ourselves => Running::inherited(id),
+        Err(Error::AlreadyTraced { tracer, .. }) if tracer == ourselves => {
+            tree.stragglers.retain(|straggler| straggler.id() != id);
+            Running::inherited(id)
+        }
         Err(Error::Absent { .. }) => return Ok(false),
         Err(Error::Zombie { .. }) => {
             // A dead leader of live threads, or a dead process.

@@ -82,6 +82,7 @@ impl Server {
     /// Waits for something to do, and does it. An error ends the guardian.
     fn turn(&mut self) -> Result<(), GuardianError> {
         pages::advance(&mut self.jobs, &mut self.tree);
+        undo::free_stragglers(&mut self.tree);
         self.report_deaths()?;
         self.waiter.poll(libc::POLLIN | libc::POLLRDHUP, None);
         if self.waiter.command_gone {
@@ -116,6 +117,7 @@ impl Server {
         let Self { waiter, tree, journal, jobs, nursery, .. } = self;
         match request {
             Request::Seize { root, timeout_ms, freeze_cgroup, command } => {
+                waiter.watch(command);
                 let timeout = Duration::from_millis(timeout_ms);
                 let order = seize::Order { root, timeout, freeze_cgroup, command };
                 seize::seize(&order, tree, journal, waiter).map(Reply::Seized)
@@ -153,7 +155,8 @@ impl Server {
                 jobs.clear();
                 undo::finish(outcome, tree, journal, waiter).map(|()| Reply::Done)
             }
-            Request::Adopt(root) => {
+            Request::Adopt { root, command } => {
+                waiter.watch(command);
                 nursery.adopt(root)?;
                 // The gate opens only now that all it forks is ours.
                 for gate in fds {

@@ -85,7 +85,8 @@ fn adopt(tree: &mut Tree, pid: i32, child: i32, waiter: &mut Waiter) -> Result<(
 pub fn resume_originals(tree: &mut Tree, journal: &mut Journal, waiter: &mut Waiter) {
     undo::clean(tree, journal, waiter);
     for (&pid, process) in &mut tree.processes {
-        undo::detach_process(pid, process);
+        let stuck = undo::detach_process(pid, process, waiter);
+        tree.stragglers.extend(stuck);
         process.space = None;
         process.resumed = true;
     }
@@ -142,8 +143,9 @@ fn reap_one(tree: &mut Tree, pid: i32, child: i32, waiter: &mut Waiter) -> Resul
             let _ = thread.put_back();
         }
         let process = tree.process_mut(pid)?;
-        undo::detach_process(pid, process);
+        let stuck = undo::detach_process(pid, process, waiter);
         process.space = None;
+        tree.stragglers.extend(stuck);
     }
     result
 }

@@ -104,6 +104,8 @@ pub struct Ran {
 pub struct Tree {
     /// Processes.
     pub processes: BTreeMap<i32, Process>,
+    /// Threads that could not be stopped, and so not be let go: they are as soon as they stop.
+    pub stragglers: Vec<Tracee>,
 }
 
 /// A planned run.

@@ -25,7 +25,7 @@ const STOPPING_TIME: Duration = Duration::from_secs(5);
 pub fn release(tree: &mut Tree, journal: &mut Journal, waiter: &mut Waiter) {
     let _ = snapshot::reap(tree, waiter);
     clean(tree, journal, waiter);
-    detach(tree);
+    detach(tree, waiter);
     tree.processes.clear();
     refreeze(journal);
 }
@@ -90,22 +90,57 @@ fn is_stuck(tid: i32) -> bool {
     who::Stat::read(tid).is_none_or(|stat| stat.state == b'D' || stat.is_zombie())
 }
 
-/// Lets every stopped thread go. A detached thread restarts the system call that its stop interrupted.
-pub fn detach_process(pid: i32, process: &mut Process) {
+/// Lets every stopped thread go; tells which could not be. A detached thread restarts the system call that its stop interrupted.
+pub fn detach_process(pid: i32, process: &mut Process, waiter: &mut Waiter) -> Vec<Tracee> {
     let threads = std::mem::take(&mut process.threads);
+    let (mut killed, mut stuck) = (Vec::new(), Vec::new());
     for (_, thread) in threads {
-        if let Tracee::Stopped(stopped) = thread.tracee {
-            stopped.detach(0);
+        match thread.tracee {
+            Tracee::Stopped(stopped) => killed.extend(stopped.detach(0).err().map(Tracee::Running)),
+            Tracee::Running(running) => stuck.push(Tracee::Running(running)),
+            Tracee::Gone(..) => {}
         }
     }
+    see_off(killed, waiter);
     for (tid, info) in process.deferred.drain(..) {
         send_again(pid, tid, &info);
     }
+    stuck
 }
 
-fn detach(tree: &mut Tree) {
+/// Lets threads go that have stopped only now.
+pub fn free_stragglers(tree: &mut Tree) {
+    for mut tracee in std::mem::take(&mut tree.stragglers) {
+        tracee.poll();
+        match tracee {
+            Tracee::Stopped(stopped) => {
+                let signal = if let Stop::Signal(signal) = stopped.stop() { signal } else { 0 };
+                tree.stragglers.extend(stopped.detach(signal).err().map(Tracee::Running));
+            }
+            Tracee::Running(running) => tree.stragglers.push(Tracee::Running(running)),
+            Tracee::Gone(..) => {}
+        }
+    }
+}
+
+/// Waits for the end of tasks that were killed.
+pub fn see_off(mut killed: Vec<Tracee>, waiter: &mut Waiter) {
+    let deadline = Instant::now() + STOPPING_TIME;
+    loop {
+        killed.retain_mut(|tracee| {
+            tracee.resume(|stopped| stopped.cont(0));
+            tracee.poll()
+        });
+        if killed.is_empty() || !waiter.wait(deadline) {
+            return;
+        }
+    }
+}
+
+fn detach(tree: &mut Tree, waiter: &mut Waiter) {
     for (&pid, process) in &mut tree.processes {
-        detach_process(pid, process);
+        let stuck = detach_process(pid, process, waiter);
+        tree.stragglers.extend(stuck);
     }
 }
 

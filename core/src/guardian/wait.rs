@@ -3,7 +3,7 @@
 use crate::inject::run::Patience;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction, sigprocmask};
 use std::{
-    os::fd::RawFd,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     time::{Duration, Instant},
 };
 
@@ -34,31 +34,50 @@ pub enum Wake {
 #[derive(Debug)]
 pub struct Waiter {
     channel: RawFd,
-    /// The command has closed its end.
+    /// The command's process: forked children may hold copies of its end of the channel.
+    command: Option<OwnedFd>,
+    /// The command has closed its end, or ended.
     pub command_gone: bool,
 }
 
 impl Waiter {
     /// Watches this channel.
     pub fn new(channel: RawFd) -> Self {
-        Self { channel, command_gone: false }
+        Self { channel, command: None, command_gone: false }
+    }
+
+    /// Watches this process, too.
+    pub fn watch(&mut self, command: i32) {
+        // SAFETY: takes numbers only; the result is a new descriptor or -1.
+        self.command = unsafe {
+            let fd = libc::syscall(libc::SYS_pidfd_open, command, 0) as i32;
+            (fd >= 0).then(|| OwnedFd::from_raw_fd(fd))
+        };
     }
 
     /// Waits for a tracee, or for what `events` say of the channel.
     pub fn poll(&mut self, events: i16, timeout: Option<Duration>) -> Wake {
-        let mut fd = libc::pollfd { fd: self.channel, events, revents: 0 };
-        let timeout =
-            timeout.map(|t| libc::timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
+        let command = self.command.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let mut fds = [(self.channel, events), (command, libc::POLLIN)].map(|(fd, events)| libc::pollfd {
+            fd,
+            events,
+            revents: 0,
+        });
+        let timespec =
+            |t: Duration| libc::timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() };
+        let timeout = timeout.map(timespec);
         let pointer = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
         // SAFETY: zeros are an empty set.
         let mask: libc::sigset_t = unsafe { std::mem::zeroed() };
         // A channel that is closed is always ready: leave it out, or we would spin.
-        let count = if self.command_gone { 0 } else { 1 };
-        // SAFETY: one pollfd, a timeout or null, and a mask.
-        let ready = unsafe { libc::ppoll(&mut fd, count, pointer, &mask) };
+        let count = if self.command_gone { 0 } else { fds.len() as u64 };
+        // SAFETY: `count` pollfds (negative numbers are skipped), a timeout or null, and a mask.
+        let ready = unsafe { libc::ppoll(fds.as_mut_ptr(), count, pointer, &mask) };
         match ready {
             1.. => {
-                self.command_gone |= fd.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0;
+                let [channel, command] = fds.map(|fd| fd.revents);
+                self.command_gone |= channel & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0;
+                self.command_gone |= command & libc::POLLIN != 0;
                 Wake::Channel
             }
             0 => Wake::Timeout,

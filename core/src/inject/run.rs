@@ -121,11 +121,12 @@ impl Progress {
     fn step(&mut self, stopped: &Stopped) -> Result<Option<Registers>, InjectError> {
         match stopped.stop() {
             Stop::Syscall => {
+                // Never left at an entry: the kernel would make a call of whatever registers are put back.
                 self.syscall_stops += 1;
                 let registers = stopped.registers()?;
                 let last = match self.way {
                     Way::Syscall => self.syscall_stops == 2,
-                    Way::WatchedCall => registers.orig_rax == parasite::DONE,
+                    Way::WatchedCall => registers.orig_rax == parasite::DONE && self.is_exit(),
                     Way::Call => false,
                 };
                 Ok(last.then_some(registers))
@@ -141,6 +142,11 @@ impl Progress {
             }
             Stop::Signal(signal) => self.signal(stopped, signal),
         }
+    }
+
+    /// Entries and exits alternate.
+    fn is_exit(&self) -> bool {
+        self.syscall_stops.is_multiple_of(2)
     }
 
     /// The int3 at the end, a fault, or a signal from somebody else.

@@ -209,10 +209,12 @@ impl Stopped {
         self.resume(libc::PTRACE_LISTEN, 0)
     }
 
-    /// PTRACE_DETACH, with a signal to deliver or 0. A group stop that is in effect stays so.
-    pub fn detach(self, signal: i32) {
+    /// PTRACE_DETACH, with a signal to deliver or 0. A group stop that is in effect stays so. A task that has been killed cannot be
+    /// let go: its tracer must wait for its end, or its parent never learns of it.
+    pub fn detach(self, signal: i32) -> Result<(), Running> {
         // SAFETY: as in `resume`.
-        let _ = unsafe { raw::ptrace(libc::PTRACE_DETACH, self.id.tid, 0, signal as usize) };
+        let result = unsafe { raw::ptrace(libc::PTRACE_DETACH, self.id.tid, 0, signal as usize) };
+        result.map(drop).map_err(|_| Running { id: self.id })
     }
 }
 
