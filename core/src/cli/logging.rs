@@ -1,7 +1,15 @@
 //! The log: `tracing` to a file or stderr, by `-v` or `RUST_LOG`.
 
 use super::CommonArgs;
-use std::{fs::File, io, path::Path, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 use tracing_subscriber::{EnvFilter, fmt::writer::BoxMakeWriter};
 
 /// The log cannot be opened.
@@ -10,6 +18,13 @@ use tracing_subscriber::{EnvFilter, fmt::writer::BoxMakeWriter};
 pub struct LogError {
     path: String,
     source: io::Error,
+}
+
+static TO_FILE: AtomicBool = AtomicBool::new(false);
+
+/// Whether the log goes to a file, and so must have the errors, too, that the user reads on stderr.
+pub fn to_file() -> bool {
+    TO_FILE.load(Ordering::Relaxed)
 }
 
 /// What `-vN` shows, by N.
@@ -28,6 +43,7 @@ pub fn init(args: &CommonArgs, images_dir: Option<&Path>) -> Result<(), LogError
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).map_err(failed)?;
             }
+            TO_FILE.store(true, Ordering::Relaxed);
             BoxMakeWriter::new(Arc::new(File::create(&path).map_err(failed)?))
         }
     };

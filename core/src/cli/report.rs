@@ -1,5 +1,6 @@
 //! How results reach the user: one line on stderr for people, an object on stdout for programs (`--json`).
 
+use super::logging;
 use serde_json::json;
 
 /// Exit statuses of the binary.
@@ -33,6 +34,8 @@ pub fn error(json: bool, operation: &str, error: &dyn std::error::Error, status:
     } else {
         eprintln!("stasis {operation}: {message}");
     }
-    tracing::error!("{operation} failed: {message}");
+    if logging::to_file() {
+        tracing::error!("{operation} failed: {message}");
+    }
     status
 }
