@@ -89,7 +89,10 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
 
 /// Runs it.
 pub fn run(args: &DemoArgs) -> ExitCode {
-    let dir = std::env::temp_dir().join(format!("stasis-demo-{}", std::process::id()));
+    // Not the pid alone: in a pid namespace of its own every demonstration has the same.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let name = format!("stasis-demo-{}-{}", std::process::id(), now.as_millis());
+    let dir = std::env::temp_dir().join(name);
     let outcome = Demo::start(&dir).and_then(|mut demo| {
         let outcome = demo.play();
         demo.end();
