@@ -1,7 +1,9 @@
 //! One workload, taken through dump and restore in one flavour and one variant.
 
 use std::fs;
+use std::hash::{Hash, Hasher};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -127,27 +129,28 @@ pub struct Stage {
     pub keeps_pids: bool,
 }
 
-/// The directory of all scenarios; it holds a copy of the workload binary too.
+/// The directory of all scenarios of this build: several worktrees may be tested at once.
 pub fn base_dir() -> PathBuf {
-    std::env::var_os("STASIS_TEST_DIR")
-        .map_or_else(|| std::env::temp_dir().join("stasis-tests"), PathBuf::from)
+    if let Some(dir) = std::env::var_os("STASIS_TEST_DIR") {
+        return dir.into();
+    }
+    let mut hasher = std::hash::DefaultHasher::new();
+    tool::target_dir().unwrap_or_default().hash(&mut hasher);
+    std::env::temp_dir().join(format!("stasis-tests-{:08x}", hasher.finish() as u32))
 }
 
-/// The workload binary, copied to where a task of any user can reach it.
+/// The workload binary, copied to where a task of any user can reach it. A later build gets another name, so that none
+/// is replaced under a running scenario.
 pub fn workload_binary() -> io::Result<PathBuf> {
     let from = tool::target_dir()?.join("stasis-workload");
-    let to = base_dir().join("bin/stasis-workload");
-    let fresh = match (fs::metadata(&from), fs::metadata(&to)) {
-        (Ok(from), Ok(to)) => from.len() == to.len() && from.modified()? <= to.modified()?,
-        (Err(error), _) => return Err(error),
-        _ => false,
-    };
-    if !fresh {
-        fs::create_dir_all(base_dir().join("bin"))?;
-        let temporary = base_dir().join(format!(
-            "bin/.new.{:?}",
-            fs::metadata("/proc/self/ns/pid").map(|m| std::os::unix::fs::MetadataExt::ino(&m)).unwrap_or(0)
-        ));
+    let built = fs::metadata(&from)?;
+    let dir = base_dir().join("bin").join(format!("{:x}-{:x}", built.mtime(), built.mtime_nsec()));
+    let to = dir.join("stasis-workload");
+    if !to.exists() {
+        fs::create_dir_all(&dir)?;
+        // Sandboxes have pids of their own; their pid namespaces differ.
+        let sandbox = fs::metadata("/proc/self/ns/pid")?.ino();
+        let temporary = dir.join(format!(".new.{sandbox}.{}", std::process::id()));
         fs::copy(&from, &temporary)?;
         fs::rename(temporary, &to)?;
     }

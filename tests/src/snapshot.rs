@@ -84,7 +84,7 @@ const WHOLE: [&str; 11] = [
 ];
 
 /// Lines of fdinfo that differ by nature.
-const FDINFO_VARIES: [&str; 5] = ["mnt_id:", "ino:", "it_value:", "eventfd-id:", "scm_fds:"];
+const FDINFO_VARIES: [&str; 6] = ["mnt_id:", "ino:", "it_value:", "ticks:", "eventfd-id:", "scm_fds:"];
 
 impl Snapshot {
     /// Looks at the tree below `root`.
@@ -182,7 +182,7 @@ impl Snapshot {
             let target = link(&proc.join("fd").join(&number));
             let class = classes.descriptor(&target);
             let info = fs::read_to_string(proc.join("fdinfo").join(&number)).unwrap_or_default();
-            let info: Vec<String> = info
+            let mut info: Vec<String> = info
                 .lines()
                 .filter(|line| !FDINFO_VARIES.iter().any(|start| line.starts_with(start)))
                 // An epoll entry ends with the position, inode and device of its target.
@@ -191,6 +191,8 @@ impl Snapshot {
                     _ => line.to_owned(),
                 })
                 .collect();
+            // The order of an epoll's entries is that of a tree of kernel addresses.
+            info.sort();
             self.put(task, &format!("descriptor {number}"), format!("{class}; {}", info.join("; ")));
         }
     }
@@ -287,6 +289,10 @@ fn mount_line(line: &str) -> String {
     kept.collect::<Vec<_>>().join(" ")
 }
 
+/// VmFlags that are bookkeeping: soft-dirty and userfaultfd marks of other tools, and whether the mapping counts towards
+/// the commit limit, which depends on whether it ever was writable.
+const FLAGS_VARY: [&str; 3] = ["sd", "uw", "ac"];
+
 /// One mapping of smaps.
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping {
@@ -316,10 +322,9 @@ fn mappings(proc: &Path) -> io::Result<BTreeMap<String, String>> {
     for line in smaps.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             if let Some(mut mapping) = current.take() {
-                // Soft-dirty and userfaultfd marks are bookkeeping of other tools.
                 mapping.flags = flags
                     .split_whitespace()
-                    .filter(|f| !["sd", "uw"].contains(f))
+                    .filter(|f| !FLAGS_VARY.contains(f))
                     .collect::<Vec<_>>()
                     .join(" ");
                 match found.last_mut() {
