@@ -6,13 +6,16 @@ use super::{
     tree::{Plan, Ran, Tree, answer},
     wait::Waiter,
 };
-use crate::inject::{
-    InjectError,
-    parasite::{self, ProcessQuery, ThreadQuery, Timers, command},
-    run::Way,
-    space::{Space, THREAD_SLOTS},
+use crate::{
+    inject::{
+        InjectError,
+        parasite::{self, ProcessQuery, ThreadQuery, Timers, command},
+        run::Way,
+        space::{Space, THREAD_SLOTS},
+    },
+    ptrace::who,
 };
-use std::{collections::HashMap, fs};
+use std::collections::HashMap;
 
 /// Reads a plain block of the task's memory.
 fn read_block<T: Plain>(space: &Space, address: u64) -> Result<T, GuardianError> {
@@ -136,7 +139,7 @@ fn describe(pid: i32, query: &ProcessQuery) -> ProcessState {
 /// POSIX timers: their numbers are in /proc, their times only the process gets.
 fn timers(tree: &mut Tree, pid: i32, waiter: &mut Waiter) -> Result<Vec<PosixTimer>, GuardianError> {
     let main = tree.process(pid)?.main(pid)?;
-    let text = fs::read_to_string(format!("/proc/{main}/timers")).unwrap_or_default();
+    let text = who::read_text(&format!("/proc/{main}/timers"));
     let ids: Vec<i64> =
         text.lines().filter_map(|line| line.strip_prefix("ID: ")?.trim().parse().ok()).collect();
     let mut timers = Vec::with_capacity(ids.len());

@@ -242,9 +242,10 @@ pub struct WriteOrder {
 pub struct Written {
     /// As in the order.
     pub pid: i32,
-    /// Bytes in the shard from the order's offset on.
+    /// Bytes of the shard from the order's offset on that are accounted for. Every page of the ranges has its place there; zero
+    /// pages leave holes, and those at the very end are not there at all.
     pub bytes: u64,
-    /// Runs of zero pages that were left out: address, length; ascending within each range.
+    /// Runs of zero pages that were not written: address, length; ascending within each range.
     pub zeros: Vec<(u64, u64)>,
     /// Why it ended early; what was done before is good: all up to `stopped_at`.
     pub error: Option<GuardianError>,

@@ -18,7 +18,6 @@ use crate::{
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     time::{Duration, Instant},
 };
 
@@ -88,7 +87,7 @@ fn call_of(registers: &Registers, tid: i32) -> (u64, i32) {
 /// A call that was interrupted before has lost its number, but not its arguments: a clock is a small number and a pointer is none;
 /// the operation of a futex wait is 0 or 128, the count of descriptors never matches both.
 fn guess(registers: &Registers, tid: i32) -> u64 {
-    let stack = fs::read_to_string(format!("/proc/{tid}/stack")).unwrap_or_default();
+    let stack = who::read_text(&format!("/proc/{tid}/stack"));
     if stack.contains("futex") {
         restartable::FUTEX
     } else if stack.contains("poll") {
@@ -162,7 +161,7 @@ fn settle(thread: &mut Thread, waiter: &mut Waiter) -> Result<(), GuardianError>
 
 /// The sleepers' timers of the whole machine.
 fn timers() -> BTreeSet<Timer> {
-    parse_timers(&fs::read_to_string("/proc/timer_list").unwrap_or_default())
+    parse_timers(&who::read_text("/proc/timer_list"))
 }
 
 fn parse_timers(text: &str) -> BTreeSet<Timer> {
@@ -184,7 +183,7 @@ fn parse_timers(text: &str) -> BTreeSet<Timer> {
 
 /// The present time of every clock base.
 fn base_times() -> BTreeMap<u32, i64> {
-    parse_base_times(&fs::read_to_string("/proc/timer_list").unwrap_or_default())
+    parse_base_times(&who::read_text("/proc/timer_list"))
 }
 
 fn parse_base_times(text: &str) -> BTreeMap<u32, i64> {

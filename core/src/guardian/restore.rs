@@ -39,6 +39,8 @@ pub struct Nursery {
     tasks: BTreeMap<i32, Adopted>,
     /// Ended, not yet reported.
     died: Vec<TaskDied>,
+    /// The first that ended by a signal: reported or not, the restore has failed.
+    crashed: Option<TaskDied>,
     group_stops: Vec<(i32, i32)>,
 }
 
@@ -73,7 +75,11 @@ impl Nursery {
                     Exit::Signal(libc::WTERMSIG(status))
                 };
                 if let Some(task) = self.tasks.remove(&tid) {
-                    self.died.push(TaskDied { tid, inner_tid: task.inner.0, exit });
+                    let died = TaskDied { tid, inner_tid: task.inner.0, exit };
+                    if matches!(exit, Exit::Signal(_)) {
+                        self.crashed.get_or_insert_with(|| died.clone());
+                    }
+                    self.died.push(died);
                 }
                 continue;
             }
@@ -112,7 +118,7 @@ impl Nursery {
             if self.arrived() >= expected {
                 return Ok(());
             }
-            if let Some(died) = self.died.iter().find(|died| matches!(died.exit, Exit::Signal(_))) {
+            if let Some(died) = &self.crashed {
                 return Err(GuardianError::RestoredTaskDied { pid: died.inner_tid, exit: died.exit });
             }
             if waiter.command_gone {
@@ -241,6 +247,7 @@ impl Nursery {
             }
         }
         self.group_stops.clear();
+        self.crashed = None;
         Ok(())
     }
 }

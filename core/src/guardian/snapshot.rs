@@ -38,7 +38,7 @@ fn fork_all(tree: &mut Tree, pids: &[i32], waiter: &mut Waiter) -> Result<Vec<(i
     for (pid, (result, forked)) in simple(tree, pids, command::SNAPSHOT, [0; 4], waiter)? {
         // A child that exists is noted before anything else, so that it is killed and reaped in any case.
         if let Some(child) = forked {
-            adopt(tree, pid, child, waiter)?;
+            adopt(tree, pid, child)?;
             copies.push((pid, child));
         }
         let failed = match result {
@@ -50,34 +50,53 @@ fn fork_all(tree: &mut Tree, pids: &[i32], waiter: &mut Waiter) -> Result<Vec<(i
     if let Some(error) = first_error {
         return Err(error);
     }
+    settle(tree, waiter)?;
     copies.sort_by_key(|&(pid, _)| pids.iter().position(|&other| other == pid));
     Ok(copies)
 }
 
-/// Takes over a child, which is traced from birth, and runs it to where its descriptors are gone.
-fn adopt(tree: &mut Tree, pid: i32, child: i32, waiter: &mut Waiter) -> Result<(), GuardianError> {
+/// Takes over a child, which is traced from birth.
+fn adopt(tree: &mut Tree, pid: i32, child: i32) -> Result<(), GuardianError> {
     let main = tree.process(pid)?.main(pid)?;
     let saved = tree.saved(pid, main)?.clone();
     let space = tree.space(pid).ok_or(GuardianError::Unknown { pid })?.of_copy(child)?;
     let tracee = Tracee::Running(Running::inherited(TaskId { pid: child, tid: child }));
-    let way = if space.ignores_trap { Way::WatchedCall } else { Way::Call };
     let thread = Thread { saved: Some(saved), ..Thread::new(tracee) };
-    let process = tree.process_mut(pid)?;
-    let copy = process.copy.insert(Copy { thread, space });
-    let mut progress = Progress::under_way(way);
+    tree.process_mut(pid)?.copy = Some(Copy { thread, space });
+    Ok(())
+}
+
+/// Runs the children to where their descriptors are gone, all at once.
+fn settle(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
+    let way = |space: &Space| if space.ignores_trap { Way::WatchedCall } else { Way::Call };
+    let copies = tree.processes.values_mut().filter_map(|process| process.copy.as_mut());
+    let mut running: Vec<(Progress, &mut Copy)> =
+        copies.map(|copy| (Progress::under_way(way(&copy.space)), copy)).collect();
     let deadline = Instant::now() + CALL_TIME;
-    while !progress.poll(&mut copy.thread.tracee) {
+    loop {
+        let mut pending = false;
+        for (progress, copy) in &mut running {
+            pending |= !progress.poll(&mut copy.thread.tracee);
+        }
+        if !pending {
+            break;
+        }
         if !waiter.wait(deadline) {
-            progress.give_up(&mut copy.thread.tracee, waiter);
+            for (progress, copy) in running.iter_mut().filter(|(progress, _)| progress.outcome.is_none()) {
+                progress.give_up(&mut copy.thread.tracee, waiter);
+            }
+            break;
         }
     }
-    if let Some(Err(error)) = progress.outcome {
-        return Err(error.into());
+    for (progress, copy) in running {
+        if let Some(Err(error)) = progress.outcome {
+            return Err(error.into());
+        }
+        copy.thread.tracee.stopped()?.set_exit_kill()?;
+        let mut result = [0u8; 8];
+        copy.space.read(&mut result, copy.space.main_slot().0 + 8)?;
+        answer("close_range", copy.space.pid(), i64::from_ne_bytes(result))?;
     }
-    copy.thread.tracee.stopped()?.set_exit_kill()?;
-    let mut result = [0u8; 8];
-    copy.space.read(&mut result, copy.space.main_slot().0 + 8)?;
-    answer("close_range", child, i64::from_ne_bytes(result))?;
     Ok(())
 }
 
@@ -95,58 +114,61 @@ pub fn resume_originals(tree: &mut Tree, journal: &mut Journal, waiter: &mut Wai
 
 /// Kills the copies and waits for their end.
 pub fn kill_copies(tree: &mut Tree, waiter: &mut Waiter) -> Result<Vec<(i32, i32)>, GuardianError> {
-    let mut children = Vec::new();
-    let mut stuck = None;
+    let mut copies: Vec<(i32, Copy)> = Vec::new();
     for (&pid, process) in &mut tree.processes {
-        let Some(mut copy) = process.copy.take() else { continue };
-        let child = copy.thread.tracee.id().pid;
+        copies.extend(process.copy.take().map(|copy| (pid, copy)));
+    }
+    for (_, copy) in &copies {
         // SAFETY: takes numbers only; we are its tracer and have not waited for its end, so the number is its own.
-        unsafe { libc::kill(child, libc::SIGKILL) };
+        unsafe { libc::kill(copy.space.pid(), libc::SIGKILL) };
+    }
+    let deadline = Instant::now() + STOPPING_TIME;
+    let mut children = Vec::with_capacity(copies.len());
+    for (pid, mut copy) in copies {
+        let child = copy.space.pid();
         copy.thread.tracee.resume(|stopped| stopped.cont(0));
-        let deadline = Instant::now() + STOPPING_TIME;
         while copy.thread.tracee.poll() {
             if !waiter.wait(deadline) {
-                stuck = Some(GuardianError::NotGone { pid: child, name: who::name(child) });
-                break;
+                return Err(GuardianError::NotGone { pid: child, name: who::name(child) });
             }
             copy.thread.tracee.resume(|stopped| stopped.cont(0));
         }
         children.push((pid, child));
     }
-    stuck.map_or(Ok(children), Err)
+    Ok(children)
 }
 
 /// Kills the copies, and has each original reap its own: with exit signal 0 it never learns of it otherwise.
 pub fn reap(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
     let children = kill_copies(tree, waiter)?;
-    let mut first_error = None;
-    for (pid, child) in children {
-        match reap_one(tree, pid, child, waiter) {
-            // Gone, and its copy with it to init.
-            Ok(())
-            | Err(GuardianError::Ptrace(Error::Absent { .. } | Error::Zombie { .. } | Error::Died { .. })) => {
-            }
-            Err(error) => first_error = first_error.or(Some(error)),
-        }
+    let is_resumed = |pid: i32| tree.processes.get(&pid).is_some_and(|process| process.resumed);
+    let (resumed, held): (Vec<_>, Vec<_>) = children.into_iter().partition(|&(pid, _)| is_resumed(pid));
+    let mut result = wait_for_children(tree, &held, waiter);
+    for pair in resumed {
+        // Each by itself: so each is stopped but for a moment.
+        let one = reap_one(tree, pair, waiter);
+        result = result.and(one);
     }
-    first_error.map_or(Ok(()), Err)
+    match result {
+        // Gone, and its copy with it to init.
+        Err(GuardianError::Ptrace(Error::Absent { .. } | Error::Zombie { .. } | Error::Died { .. })) => {
+            Ok(())
+        }
+        result => result,
+    }
 }
 
-fn reap_one(tree: &mut Tree, pid: i32, child: i32, waiter: &mut Waiter) -> Result<(), GuardianError> {
-    let resumed = tree.process(pid)?.resumed;
-    if resumed {
-        stop_again(tree.process_mut(pid)?, pid, waiter)?;
+fn reap_one(tree: &mut Tree, pair: (i32, i32), waiter: &mut Waiter) -> Result<(), GuardianError> {
+    let pid = pair.0;
+    let stopped = stop_again(tree.process_mut(pid)?, pid, waiter);
+    let result = stopped.and_then(|()| wait_for_children(tree, &[pair], waiter));
+    let process = tree.process_mut(pid)?;
+    for thread in process.threads.values_mut() {
+        let _ = thread.put_back();
     }
-    let result = wait_for_child(tree, pid, child, waiter);
-    if resumed {
-        for (_, thread) in tree.threads_mut() {
-            let _ = thread.put_back();
-        }
-        let process = tree.process_mut(pid)?;
-        let stuck = undo::detach_process(pid, process, waiter);
-        process.space = None;
-        tree.stragglers.extend(stuck);
-    }
+    let stuck = undo::detach_process(pid, process, waiter);
+    process.space = None;
+    tree.stragglers.extend(stuck);
     result
 }
 
@@ -181,14 +203,23 @@ fn stop_again(process: &mut Process, pid: i32, waiter: &mut Waiter) -> Result<()
     Ok(())
 }
 
-fn wait_for_child(tree: &mut Tree, pid: i32, child: i32, waiter: &mut Waiter) -> Result<(), GuardianError> {
-    let arguments = [child as u64, 0, libc::__WALL as u64, 0, 0, 0];
-    for (_, result) in tree.syscalls(&[(pid, libc::SYS_wait4 as u64, arguments)], waiter)? {
-        let value = result?;
+/// wait4(2) in each original, for its copy.
+fn wait_for_children(
+    tree: &mut Tree,
+    pairs: &[(i32, i32)],
+    waiter: &mut Waiter,
+) -> Result<(), GuardianError> {
+    let arguments = |child: i32| [child as u64, 0, libc::__WALL as u64, 0, 0, 0];
+    let calls: Vec<_> =
+        pairs.iter().map(|&(pid, child)| (pid, libc::SYS_wait4 as u64, arguments(child))).collect();
+    let mut outcome = Ok(());
+    for (pid, result) in tree.syscalls(&calls, waiter)? {
         // ECHILD: the program waits for children of every kind and was faster.
-        if value != -i64::from(libc::ECHILD) {
-            answer("wait4", pid, value)?;
-        }
+        let checked = result.and_then(|value| match value {
+            value if value == -i64::from(libc::ECHILD) => Ok(0),
+            value => answer("wait4", pid, value),
+        });
+        outcome = outcome.and(checked.map(drop).map_err(GuardianError::from));
     }
-    Ok(())
+    outcome
 }

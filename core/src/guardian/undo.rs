@@ -12,7 +12,10 @@ use crate::{
     inject::run::Patience,
     ptrace::{Stop, Tracee, who},
 };
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 /// How long killed tasks may take to go.
 const DYING_TIME: Duration = Duration::from_secs(30);
@@ -242,20 +245,20 @@ fn kill(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
 /// Waits until the pids are free, or held by a zombie that only a process outside the tree can reap.
 fn wait_until_gone(pids: &[i32], waiter: &mut Waiter) -> Result<(), GuardianError> {
     let start = Instant::now();
+    let mut pause = Duration::from_micros(200);
+    let mut left: BTreeSet<i32> = pids.iter().copied().collect();
     loop {
-        let mut left = None;
-        for &pid in pids {
-            if let Some(stat) = who::Stat::read(pid) {
+        left.retain(|&pid| {
+            who::Stat::read(pid).is_some_and(|stat| {
                 let orphan = stat.parent == 1 && start.elapsed() < REAPING_TIME;
-                if !stat.is_zombie() || orphan || pids.contains(&stat.parent) {
-                    left = Some(pid);
-                }
-            }
-        }
-        let Some(pid) = left else { return Ok(()) };
+                !stat.is_zombie() || orphan || pids.contains(&stat.parent)
+            })
+        });
+        let Some(&pid) = left.first() else { return Ok(()) };
         if start.elapsed() > DYING_TIME {
             return Err(GuardianError::NotGone { pid, name: who::name(pid) });
         }
-        waiter.wait(Instant::now() + Duration::from_millis(1));
+        waiter.wait(Instant::now() + pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
     }
 }

@@ -4,7 +4,7 @@ use super::{InjectError, blob::PARASITE, parasite};
 use crate::{arch::SYSCALL_INSTRUCTION, ptrace::who};
 use nix::errno::Errno;
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     os::unix::fs::FileExt,
     sync::atomic::{AtomicU64, Ordering},
@@ -56,8 +56,20 @@ impl Space {
 
     /// An existing instruction, so that no text of the task is changed: in the vdso, else in any executable mapping.
     fn find_syscall(&self, tid: i32) -> Result<u64, InjectError> {
-        let maps = fs::read_to_string(format!("/proc/{tid}/maps"));
-        let maps = maps.map_err(|error| memory_error(self.pid, 0, &error))?;
+        // Nearly always it is where the auxiliary vector says, at the same offset as in the task before.
+        if let Some(vdso) = vdso_of(tid) {
+            let known = vdso + LAST_OFFSET.load(Ordering::Relaxed);
+            let mut two = [0u8; 2];
+            if self.memory.read_exact_at(&mut two, known).is_ok()
+                && two == SYSCALL_INSTRUCTION
+                && known != vdso
+            {
+                return Ok(known);
+            }
+        }
+        let maps =
+            who::read(&format!("/proc/{tid}/maps")).map_err(|error| memory_error(self.pid, 0, &error))?;
+        let maps = String::from_utf8_lossy(&maps);
         let mappings: Vec<(u64, u64, &str)> = maps.lines().filter_map(executable).collect();
         let vdso = mappings.iter().filter(|mapping| mapping.2 == "[vdso]");
         // vsyscall is no ordinary memory: the kernel emulates jumps to it.
@@ -130,6 +142,18 @@ impl Space {
         let block = self.main_slot().1 + (index % THREAD_SLOTS) as u64 * parasite::THREAD_SLOT;
         (block, block + parasite::THREAD_SLOT)
     }
+}
+
+/// Where the task's auxiliary vector has the vdso (AT_SYSINFO_EHDR, getauxval(3)).
+fn vdso_of(tid: i32) -> Option<u64> {
+    const VDSO: u64 = 33;
+    let vector = who::read(&format!("/proc/{tid}/auxv")).ok()?;
+    let entries = vector.as_chunks::<16>().0.iter();
+    let word = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |n, &byte| n << 8 | u64::from(byte));
+    entries
+        .map(|entry| (word(&entry[..8]), word(&entry[8..])))
+        .find(|entry| entry.0 == VDSO)
+        .map(|entry| entry.1)
 }
 
 /// Start, end and name of an executable mapping (a line of /proc/PID/maps).

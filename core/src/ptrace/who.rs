@@ -1,14 +1,37 @@
 //! The little that has to be known of a task from /proc, without allocation of whole tables.
 
-use std::fs;
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+};
+
+/// A whole file of /proc, in as few reads as it takes: the kernel makes the text anew for each, and there is no size to ask for.
+pub fn read(path: &str) -> io::Result<Vec<u8>> {
+    let (mut file, mut text, mut used) = (File::open(path)?, vec![0u8; 8192], 0);
+    loop {
+        match file.read(&mut text[used..])? {
+            0 => break,
+            count => used += count,
+        }
+        if text.len() - used < 4096 {
+            text.resize(text.len() * 2, 0);
+        }
+    }
+    text.truncate(used);
+    Ok(text)
+}
+
+/// The same as text; empty if it cannot be read.
+pub fn read_text(path: &str) -> String {
+    String::from_utf8_lossy(&read(path).unwrap_or_default()).into_owned()
+}
 
 /// PF_KTHREAD (include/linux/sched.h).
 const KERNEL_THREAD: u64 = 0x0020_0000;
 
 /// The task's name; empty if it is gone.
 pub fn name(tid: i32) -> String {
-    let text = fs::read(format!("/proc/{tid}/comm")).unwrap_or_default();
-    String::from_utf8_lossy(&text).trim_end().to_string()
+    read_text(&format!("/proc/{tid}/comm")).trim_end().to_string()
 }
 
 /// State letter, flags and parent of a thread (proc_pid_stat(5)); `None` if it is gone.
@@ -27,7 +50,7 @@ pub struct Stat {
 impl Stat {
     /// Reads it.
     pub fn read(tid: i32) -> Option<Self> {
-        let text = fs::read(format!("/proc/{tid}/stat")).ok()?;
+        let text = read(&format!("/proc/{tid}/stat")).ok()?;
         // The name may hold anything but ends at the last parenthesis.
         let end = text.iter().rposition(|&byte| byte == b')')?;
         let rest = std::str::from_utf8(text.get(end + 2..)?).ok()?;
@@ -52,7 +75,7 @@ impl Stat {
 
 /// A field of /proc/TID/status.
 pub fn status_field(tid: i32, field: &str) -> Option<String> {
-    let text = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    let text = read_text(&format!("/proc/{tid}/status"));
     let value =
         |line: &str| line.strip_prefix(field)?.strip_prefix(':').map(|value| value.trim().to_string());
     text.lines().find_map(value)
@@ -87,13 +110,13 @@ pub fn threads(pid: i32) -> Vec<i32> {
 
 /// The children that a thread has forked (CONFIG_PROC_CHILDREN). Complete if all are stopped.
 pub fn children(pid: i32, tid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
+    let text = read_text(&format!("/proc/{pid}/task/{tid}/children"));
     text.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect()
 }
 
 /// The system call a thread is in, and its first argument (/proc/TID/syscall).
 pub fn syscall(tid: i32) -> Option<(u64, u64)> {
-    let text = fs::read_to_string(format!("/proc/{tid}/syscall")).ok()?;
+    let text = read_text(&format!("/proc/{tid}/syscall"));
     let mut fields = text.split_ascii_whitespace();
     let number = fields.next()?.parse().ok()?;
     let first = u64::from_str_radix(fields.next()?.trim_start_matches("0x"), 16).ok()?;
