@@ -5,12 +5,12 @@ use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::chown;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{Pid, chdir, execv, pivot_root, setresgid, setresuid, setsid};
+use nix::unistd::{Pid, chdir, execv, setresgid, setresuid, setsid};
 
 use crate::sys::{self, cvt_long};
 
@@ -19,7 +19,7 @@ use crate::sys::{self, cvt_long};
 pub enum Flavour {
     /// In the namespaces of the harness' sandbox.
     Host,
-    /// In fresh pid and mount namespaces, with a root of its own (tmpfs, bind mounts, proc).
+    /// In fresh pid and mount namespaces, with a proc of its own.
     Ns,
     /// As `Ns`, and in a user namespace besides.
     User,
@@ -122,7 +122,7 @@ fn become_root_task(flavour: Flavour, command: &[&str], dir: &Path) -> io::Error
             setresuid(0.into(), 0.into(), 0.into())?;
         }
         if flavour != Flavour::Host {
-            own_root(dir)?;
+            own_mounts()?;
         }
         setsid()?;
         let open =
@@ -152,54 +152,9 @@ fn become_root_task(flavour: Flavour, command: &[&str], dir: &Path) -> io::Error
     }
 }
 
-/// Devices that a container gets, as bind mounts of the host's.
-const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
-
-/// Builds a small root file system in the fresh mount namespace and moves into it.
-fn own_root(dir: &Path) -> io::Result<()> {
+/// What `unshare --mount-proc` does: the machine's mounts, none of which tells the others of changes, and a fresh proc.
+fn own_mounts() -> io::Result<()> {
     let none: Option<&str> = None;
-    let bind =
-        |from: &Path, to: &Path| mount(Some(from), to, none, MsFlags::MS_BIND, none).map_err(io::Error::from);
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-    let root = dir.parent().unwrap_or(dir).join("root");
-    fs::create_dir_all(&root)?;
-    mount(Some("root"), &root, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))?;
-    for name in ["proc", "tmp", "old"] {
-        fs::create_dir_all(root.join(name))?;
-    }
-    // First, for the base directory may lie in it.
-    mount(Some("tmp"), &root.join("tmp"), Some("tmpfs"), MsFlags::empty(), Some("mode=1777"))?;
-    // The base directory of all scenarios holds the workload's binary.
-    let base = dir.parent().unwrap_or(dir);
-    let mut binds: Vec<PathBuf> = vec![base.to_owned()];
-    for top in ["/usr", "/bin", "/lib", "/lib64"] {
-        let top = Path::new(top);
-        match fs::read_link(top) {
-            Ok(target) => std::os::unix::fs::symlink(target, inside(&root, top))?,
-            Err(_) if top.exists() => binds.push(top.to_owned()),
-            Err(_) => {}
-        }
-    }
-    for from in &binds {
-        let to = inside(&root, from);
-        fs::create_dir_all(&to)?;
-        bind(from, &to)?;
-    }
-    fs::create_dir_all(root.join("dev"))?;
-    for device in DEVICES {
-        let to = root.join("dev").join(device);
-        fs::write(&to, "")?;
-        bind(&Path::new("/dev").join(device), &to)?;
-    }
-    mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), none)?;
-    pivot_root(&root, &root.join("old"))?;
-    chdir("/")?;
-    umount2("/old", MntFlags::MNT_DETACH)?;
-    fs::remove_dir("/old")?;
-    Ok(())
-}
-
-/// `path` below `root`.
-fn inside(root: &Path, path: &Path) -> PathBuf {
-    root.join(path.strip_prefix("/").unwrap_or(path))
+    Ok(mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none)?)
 }
