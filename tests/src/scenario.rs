@@ -152,7 +152,12 @@ pub fn workload_binary() -> io::Result<PathBuf> {
         let sandbox = fs::metadata("/proc/self/ns/pid")?.ino();
         let temporary = dir.join(format!(".new.{sandbox}.{}", std::process::id()));
         fs::copy(&from, &temporary)?;
-        fs::rename(temporary, &to)?;
+        // Not renamed: whoever came first has started it already, and would run a deleted file.
+        let linked = fs::hard_link(&temporary, &to);
+        fs::remove_file(temporary)?;
+        if !to.exists() {
+            linked?;
+        }
     }
     Ok(to)
 }
@@ -266,6 +271,20 @@ impl Stage {
             Snapshot::take(self.root).doing("looking at /proc")
         } else {
             Ok(Snapshot::default())
+        }
+    }
+
+    /// The same, once two looks in a row agree: a thread may still be on its way to where it waits.
+    pub fn look_when_still(&self) -> Result<Snapshot, Failure> {
+        let began = Instant::now();
+        let mut last = self.look()?;
+        loop {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = self.look()?;
+            if last.differences(&now).is_empty() || began.elapsed() > Duration::from_secs(5) {
+                return Ok(now);
+            }
+            last = now;
         }
     }
 
@@ -411,7 +430,7 @@ pub fn run(
 
 /// What a variant does with a started tree.
 pub fn play(stage: &mut Stage, variant: Variant) -> Result<(), Failure> {
-    let before = stage.look()?;
+    let before = stage.look_when_still()?;
     match variant {
         Variant::Straight => {
             stage.compare(&before, "nothing at all")?;

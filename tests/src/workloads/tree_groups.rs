@@ -43,6 +43,8 @@ pub fn run(ctl: &Ctl) -> Outcome {
         inner_group.join()
     })?;
     ctl.await_ready("session")?;
+    // Not its parent: a detached restore gives it another.
+    let place = || -> Outcome<(Pid, Pid, Pid)> { Ok((nix::unistd::getpid(), getpgrp(), getsid(None)?)) };
     let before = place()?;
 
     ctl.wait()?;

@@ -29,7 +29,7 @@ impl Case {
     /// Takes over a stage.
     pub fn of(stage: Stage) -> Result<Case, Failure> {
         let tool = Tool::discover().doing("finding the tool")?;
-        let before = stage.look()?;
+        let before = stage.look_when_still()?;
         let tree: BTreeSet<i32> = before.pids.iter().copied().collect();
         let bystanders = all_pids().difference(&tree).copied().collect();
         Ok(Case { stage, before, tool, mounts: mounts(), bystanders })
