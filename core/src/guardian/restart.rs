@@ -40,8 +40,13 @@ pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
     for round in 0..=bits {
         let takes_part = |index: usize| round == bits || (index + 1) >> round & 1 == 1;
         let before = timers();
-        let chosen: Vec<&mut &mut Thread> =
-            sleepers.iter_mut().enumerate().filter(|(index, _)| takes_part(*index)).map(|(_, t)| t).collect();
+        // A sleep that ended in an earlier round is over: going on from there would run the program.
+        let chosen: Vec<&mut &mut Thread> = sleepers
+            .iter_mut()
+            .enumerate()
+            .filter(|(index, thread)| takes_part(*index) && is_sleeper(thread))
+            .map(|(_, thread)| thread)
+            .collect();
         let during = sleep_on(chosen, waiter)?;
         for timer in during.difference(&before) {
             *seen.entry(*timer).or_default() |= 1 << round;
