@@ -341,3 +341,39 @@ fn an_interrupted_wait_for_descriptors_is_made_again() {
     write_line(&mut program.0);
     assert_eq!(read_line(&mut program.0), "1\n");
 }
+
+#[test]
+fn a_cgroup_is_frozen_meanwhile_and_as_before_afterwards() {
+    let mut tried = 0;
+    for root in ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"] {
+        let directory = std::path::Path::new(root).join(format!("stasis-test-{}", std::process::id()));
+        if std::fs::create_dir(&directory).is_err() {
+            continue;
+        }
+        let freezable = directory.join("freezer.state").exists() || directory.join("cgroup.freeze").exists();
+        if freezable {
+            tried += 1;
+            let mut program = Killed(python(
+                "import subprocess\nprint('ready',flush=True)\nwhile True: subprocess.run(['/bin/true'])",
+            ));
+            ready(&mut program.0);
+            let pid = program.pid();
+            std::fs::write(directory.join("cgroup.procs"), pid.to_string()).unwrap();
+            for _ in 0..5 {
+                let mut guardian = Guardian::spawn().unwrap();
+                let tasks = guardian.seize(pid, TIME, Some(directory.clone())).unwrap();
+                guardian.collect().unwrap();
+                let pids: Vec<i32> = tasks.iter().filter(|task| !task.zombie).map(|task| task.pid).collect();
+                guardian.inspect(&pids).unwrap();
+                guardian.finish(Outcome::Run).unwrap();
+            }
+            let text = |file: &str| std::fs::read_to_string(directory.join(file)).unwrap_or_default();
+            assert!(text("freezer.state") != "FROZEN\n" && !text("cgroup.events").contains("frozen 1"));
+            drop(program);
+        }
+        wait_for(|| std::fs::remove_dir(&directory).is_ok());
+    }
+    if tried == 0 {
+        println!("skipped: no cgroup can be made here");
+    }
+}

@@ -28,7 +28,15 @@ impl Freezer {
         let mut freezer = Self { directory: directory.to_path_buf(), version_1, was_frozen: false };
         freezer.was_frozen = freezer.is_frozen()?;
         freezer.set(true)?;
+        let mut looks = 0;
         while !freezer.is_frozen()? {
+            looks += 1;
+            // Version 1 may stay in FREEZING for ever when tasks fork or die meanwhile; it must be thawed and tried again.
+            if version_1 && looks % 20 == 0 {
+                freezer.thaw()?;
+                waiter.wait(Instant::now() + Duration::from_millis(2));
+                freezer.set(true)?;
+            }
             if Instant::now() >= deadline {
                 freezer.thaw()?;
                 return Err(freezer.error("freezing", &io::Error::from_raw_os_error(libc::ETIMEDOUT)));
