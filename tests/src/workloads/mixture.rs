@@ -4,13 +4,12 @@ use std::fs;
 
 use crate::ctl::{Ctl, Outcome, changed, poll_until};
 
-const PARTS: [&str; 10] = [
+const PARTS: [&str; 9] = [
     "mem_cow_children",
     "threads_registers",
     "threads_rseq_robust",
     "sig_pending",
     "sig_altstack",
-    "sleep_absolute",
     "tree_blocked",
     "files_offsets",
     "pipe_ends",
