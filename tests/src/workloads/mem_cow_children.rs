@@ -41,13 +41,14 @@ pub fn run(ctl: &Ctl) -> Outcome {
         crate::ctl::poll_until("a child shows its frames", || file.exists())?;
         let text = fs::read_to_string(ctl.work(&format!(".frames{n}")))?;
         let theirs: Vec<u64> = text.split(' ').filter_map(|frame| frame.parse().ok()).collect();
-        for page in 0..PAGES {
-            // 0 for all: without CAP_SYS_ADMIN in the first user namespace nobody sees frame numbers.
-            let equal = own[page] == theirs[page];
+        // 0 for all: without CAP_SYS_ADMIN in the first user namespace nobody sees frame numbers.
+        let wrong = |&page: &usize| {
             let hidden = own[page] == 0 && theirs[page] == 0;
-            if !hidden && equal != (page != n) && verdict.is_ok() {
-                verdict = ensure(false, &format!("page {page} of child {n}: shared is {equal}"));
-            }
+            !hidden && (own[page] == theirs[page]) != (page != n)
+        };
+        let wrong: Vec<usize> = (0..PAGES).filter(wrong).collect();
+        if !wrong.is_empty() && verdict.is_ok() {
+            verdict = ensure(false, &format!("child {n}: sharing has changed for the pages {wrong:?}"));
         }
     }
     let _ = fs::remove_file(ctl.dir().join("compared"));
