@@ -26,7 +26,7 @@ pub(crate) fn create(object: &ObjectInfo, record: &Terminal) -> Result<Vec<Owned
     if let Some(master) = &master {
         configure(master, record)?;
         if record.session != 0 || record.slave_closed {
-            slaves.push(ioctl::open_peer(master.as_fd(), libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC)?);
+            slaves.push(ioctl::open_peer(master.as_fd(), libc::O_RDWR | libc::O_NOCTTY)?);
         }
         if let (true, Some(slave)) = (record.session != 0, slaves.first()) {
             ioctl::set_controlling(slave.as_fd())?;
@@ -34,7 +34,7 @@ pub(crate) fn create(object: &ObjectInfo, record: &Terminal) -> Result<Vec<Owned
         for handle in object.handles.iter().filter(|handle| handle.role != MASTER) {
             slaves.push(match handle.role {
                 DEV_TTY => open("/dev/tty", handle)?,
-                _ => ioctl::open_peer(master.as_fd(), flags(handle) | libc::O_CLOEXEC)?,
+                _ => ioctl::open_peer(master.as_fd(), flags(handle))?,
             });
         }
         finish(master, slaves.first(), record)?;
@@ -47,9 +47,12 @@ pub(crate) fn create(object: &ObjectInfo, record: &Terminal) -> Result<Vec<Owned
     Ok(fds)
 }
 
-/// Access mode and what an open must not do.
+/// The kernel's O_LARGEFILE, which the C library defines as 0: open(2) adds it by itself, TIOCGPTPEER does not.
+const LARGEFILE: i32 = 0o100_000;
+
+/// Access mode and what an open must not do. Without O_CLOEXEC: TIOCGPTPEER would keep it among the file's own flags.
 fn flags(handle: &HandleInfo) -> i32 {
-    (handle.status_flags as i32 & libc::O_ACCMODE) | libc::O_NOCTTY | libc::O_NONBLOCK
+    (handle.status_flags as i32 & (libc::O_ACCMODE | LARGEFILE)) | libc::O_NOCTTY | libc::O_NONBLOCK
 }
 
 fn open(path: &str, handle: &HandleInfo) -> Result<OwnedFd> {

@@ -2,9 +2,9 @@
 
 use super::arena::{Arenas, join, subtract};
 use super::families::{Component, Extent, Fill, components, missing, overlay, shared};
-use super::region::{Backing, Region, regions};
+use super::region::{Backing, Region, has, regions};
 use super::{MemoryError, PAGE};
-use crate::image::records::{MappedFile, MemoryMap, PageMap, SharedSegment};
+use crate::image::records::{MappedFile, MemoryMap, PageMap, SharedSegment, VmaAdvice, VmaKind};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
@@ -52,6 +52,8 @@ pub struct SegmentPlan {
     pub address: u64,
     /// Its size.
     pub size: u64,
+    /// MAP_NORESERVE.
+    pub no_reserve: bool,
     /// Its pages, by offset.
     pub pages: Vec<Extent>,
 }
@@ -118,6 +120,13 @@ impl MemoryPlan {
         let homes: Vec<Range<u64>> =
             records.maps.iter().flat_map(|map| map.vmas.iter().map(|vma| vma.start..vma.end)).collect();
         let mut arenas = Arenas::new(&homes, occupied)?;
+        let unreserved: BTreeSet<u32> = records
+            .maps
+            .iter()
+            .flat_map(|map| &map.vmas)
+            .filter(|vma| vma.kind() == VmaKind::SharedAnonymous && has(vma, VmaAdvice::Noreserve))
+            .map(|vma| vma.file)
+            .collect();
         let mut segments = BTreeMap::new();
         for segment in records.segments {
             let size = segment.size.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
@@ -127,7 +136,8 @@ impl MemoryPlan {
                 let address = last.home.start;
                 return Err(MemoryError::Damaged { map: 0, what: "a page beyond its segment", address });
             }
-            segments.insert(segment.id, SegmentPlan { address, size, pages });
+            let no_reserve = unreserved.contains(&segment.id);
+            segments.insert(segment.id, SegmentPlan { address, size, no_reserve, pages });
         }
         if let Some((&id, _)) = segment_pages.iter().next() {
             return Err(MemoryError::Missing { what: "shared segment", id, map: 0 });

@@ -177,7 +177,9 @@ impl<'a> TaskMemory<'a> {
     fn segments(&self, pages: &PageFiles) -> Result<(), MemoryError> {
         for segment in self.plan.segments.values().filter(|segment| segment.size > 0) {
             let range = segment.address..segment.address + segment.size;
-            let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let flags = libc::MAP_SHARED
+                | libc::MAP_ANONYMOUS
+                | if segment.no_reserve { libc::MAP_NORESERVE } else { 0 };
             self.mmap(&range, &range, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
             let job = |extent: &Extent| Job {
                 home: extent.home.clone(),
