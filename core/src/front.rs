@@ -27,6 +27,8 @@ pub struct RunningHook {
     pub hook: String,
     /// Task in which (restore) or for which (dump) it runs, or 0.
     pub task: i32,
+    /// Thread that runs it.
+    pub thread: i32,
     /// How long it has been running.
     pub elapsed: Duration,
 }
@@ -40,8 +42,8 @@ impl std::fmt::Display for RunningHook {
 
 /// Where to see which hook runs.
 pub trait Watch {
-    /// The hook that has been running longest, if one runs.
-    fn running(&self) -> Option<RunningHook>;
+    /// The hooks that run, the one that has been running longest first.
+    fn running(&self) -> Vec<RunningHook>;
 }
 
 /// How a command is watched over.
@@ -82,6 +84,16 @@ pub enum FrontError {
         hook: RunningHook,
         /// What it was allowed.
         limit: Duration,
+        /// What became of the tree.
+        aftermath: String,
+    },
+    /// A hook ended the command.
+    #[error("{hook} ended its process (exit status {status}); {aftermath} (report it to its author, or use --without {})", hook.plugin)]
+    HookExited {
+        /// The hook.
+        hook: RunningHook,
+        /// With what.
+        status: i32,
         /// What became of the tree.
         aftermath: String,
     },
@@ -173,10 +185,31 @@ fn run_command(front: Pid, mask: &SigSet, command: impl FnOnce() -> u8) -> ! {
         // SAFETY: the handler only stores to an atomic.
         let _ = unsafe { sigaction(signal, &action) };
     }
+    default_crashes();
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(mask), None);
     let status = command();
     let _ = io::stdout().flush();
     std::process::exit(status.into())
+}
+
+/// Signals by which code that goes wrong ends.
+pub const CRASHES: [Signal; 7] = [
+    Signal::SIGSEGV,
+    Signal::SIGBUS,
+    Signal::SIGFPE,
+    Signal::SIGILL,
+    Signal::SIGABRT,
+    Signal::SIGTRAP,
+    Signal::SIGSYS,
+];
+
+/// A crash ends this process at once: the handler that the Rust runtime has for stack overflows would let it go on after a
+/// signal that was sent.
+pub fn default_crashes() {
+    for signal in CRASHES {
+        // SAFETY: no handler function.
+        let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) };
+    }
 }
 
 fn pidfd(pid: Pid) -> Result<OwnedFd, FrontError> {
@@ -227,7 +260,8 @@ fn watch(
             send(&ended, forward)?;
             asked = true;
         }
-        if let (Some(limit), Some(hook)) = (supervision.plugin_timeout, supervision.watch.running())
+        if let (Some(limit), Some(hook)) =
+            (supervision.plugin_timeout, supervision.watch.running().into_iter().next())
             && hook.elapsed > limit
         {
             let aftermath = supervision.aftermath.to_owned();
@@ -249,10 +283,16 @@ fn send(pidfd: &OwnedFd, signal: i32) -> Result<(), FrontError> {
 
 fn ended_how(supervision: &Supervision<'_>, status: WaitStatus) -> Result<u8, FrontError> {
     let aftermath = supervision.aftermath.to_owned();
+    let hooks = supervision.watch.running();
     match status {
-        // Exit statuses have eight bits.
-        WaitStatus::Exited(_, code) => Ok(code as u8),
-        WaitStatus::Signaled(_, signal, _) => Err(match supervision.watch.running() {
+        WaitStatus::Exited(child, status) => {
+            match hooks.into_iter().find(|hook| hook.thread == child.as_raw()) {
+                Some(hook) => Err(FrontError::HookExited { hook, status, aftermath }),
+                // Exit statuses have eight bits.
+                None => Ok(status as u8),
+            }
+        }
+        WaitStatus::Signaled(_, signal, _) => Err(match hooks.into_iter().next() {
             Some(hook) => FrontError::HookCrashed { hook, signal, aftermath },
             None => FrontError::Killed { signal, aftermath },
         }),
@@ -277,15 +317,15 @@ mod tests {
 
     struct Nobody;
     impl Watch for Nobody {
-        fn running(&self) -> Option<RunningHook> {
-            None
+        fn running(&self) -> Vec<RunningHook> {
+            Vec::new()
         }
     }
     struct Hook(Duration);
     impl Watch for Hook {
-        fn running(&self) -> Option<RunningHook> {
+        fn running(&self) -> Vec<RunningHook> {
             let (plugin, hook) = ("a".into(), "create".into());
-            Some(RunningHook { plugin, hook, task: 7, elapsed: self.0 })
+            vec![RunningHook { plugin, hook, task: 7, thread: 0, elapsed: self.0 }]
         }
     }
 

@@ -171,9 +171,14 @@ fn monotonic() -> u64 {
 
 /// For the supervisor.
 impl crate::front::Watch for HookWatch {
-    fn running(&self) -> Option<crate::front::RunningHook> {
-        let longest = self.read().into_iter().max_by_key(|hook| hook.elapsed)?;
-        let RunningHook { plugin, hook, task, elapsed, .. } = longest;
-        Some(crate::front::RunningHook { plugin, hook, task, elapsed })
+    fn running(&self) -> Vec<crate::front::RunningHook> {
+        self.read().into_iter().map(Into::into).collect()
+    }
+}
+
+impl From<RunningHook> for crate::front::RunningHook {
+    fn from(hook: RunningHook) -> Self {
+        let RunningHook { plugin, hook, task, thread, elapsed, .. } = hook;
+        Self { plugin, hook, task, thread, elapsed }
     }
 }

@@ -82,7 +82,20 @@ impl Command<'_> {
                 Ok(failure) => RestoreError::Elsewhere(failure),
                 Err(_) => error,
             },
-            _ => final_state::restorer_failure(plans, self.shared).unwrap_or(error),
+            _ => final_state::restorer_failure(plans, self.shared).unwrap_or_else(|| self.blame_hook(error)),
+        }
+    }
+
+    /// A task that died in a hook died of it.
+    fn blame_hook(&self, error: RestoreError) -> RestoreError {
+        let (died, how) = match &error {
+            RestoreError::Guardian(GuardianError::RestoredTaskDied { pid, exit }) => (*pid, exit.to_string()),
+            RestoreError::Died { pid, how, .. } => (*pid, how.clone()),
+            _ => return error,
+        };
+        match self.watch.read().into_iter().find(|hook| hook.task == died) {
+            Some(hook) => RestoreError::HookDied { hook: hook.into(), how },
+            None => error,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::{descriptor_plan::DescriptorPlanError, shared::Aborted, tree_plan::TreeError};
 use crate::{
-    front::{FrontError, Interrupted},
+    front::{FrontError, Interrupted, RunningHook},
     image::ImageError,
     plugins::{PluginError, PluginsError},
     restore::{blob::BlobError, memory::MemoryError},
@@ -133,6 +133,14 @@ pub enum RestoreError {
         /// How.
         how: String,
     },
+    /// A hook ended the task that it ran in.
+    #[error("{hook} ended it: {how}; nothing was left behind (report it to the plugin's author, or use --without {})", hook.plugin)]
+    HookDied {
+        /// The hook.
+        hook: RunningHook,
+        /// How.
+        how: String,
+    },
     /// The tree did not come out as in the image.
     #[error("task {pid}: {what} is {found} instead of {expected}")]
     Mismatch {
@@ -182,8 +190,10 @@ impl RestoreError {
             Self::Plugins(_) => 5,
             Self::Hook(error) if error.source.kind == ErrorKind::Unsupported => 3,
             Self::Hook(error) if error.source.kind == ErrorKind::BadRecord => 4,
-            Self::Hook(_) => 5,
-            Self::Front(FrontError::HookCrashed { .. } | FrontError::HookHung { .. }) => 5,
+            Self::Hook(_) | Self::HookDied { .. } => 5,
+            Self::Front(
+                FrontError::HookCrashed { .. } | FrontError::HookHung { .. } | FrontError::HookExited { .. },
+            ) => 5,
             Self::Interrupted(_) => 6,
             Self::Elsewhere(failure) => failure.status,
             _ => 1,

@@ -12,6 +12,7 @@ use super::{
     world::{Plans, World, memory_pid},
 };
 use crate::{
+    front::{CRASHES, default_crashes},
     image::records::NamespaceObject,
     plugins::{CallContext, HookWatch, NamespaceKind, PluginError},
 };
@@ -58,7 +59,11 @@ pub fn end(shared: Shared, result: Result<Infallible>) -> ! {
 fn prepare(setup: RootSetup<'_>) -> Result<&'static World> {
     let RootSetup { options, shared, watch, permission } = setup;
     // Whatever signal comes is for the restored program. Nothing of this one may be printed by its descriptors.
-    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
+    // A crash is one, all the same.
+    let mut blocked = SigSet::all();
+    CRASHES.into_iter().for_each(|signal| blocked.remove(signal));
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None);
+    default_crashes();
     std::panic::set_hook(Box::new(move |panic| {
         let message = format!("internal error in a task that was being restored: {panic}");
         let failure = super::error::Failure { message, pid: 0, errno: 0, status: 1 };
