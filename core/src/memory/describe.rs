@@ -34,6 +34,7 @@ const ADVICE: &[(VmFlags, VmaAdvice)] = &[
     (VmFlags::LOCKED, VmaAdvice::Locked),
     (VmFlags::LOCK_ON_FAULT, VmaAdvice::Lockonfault),
     (VmFlags::NO_RESERVE, VmaAdvice::Noreserve),
+    (VmFlags::ACCOUNTED, VmaAdvice::Accounted),
 ];
 
 /// States of a mapping that would be lost, with the words for them.

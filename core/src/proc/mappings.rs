@@ -32,6 +32,7 @@ const MNEMONICS: &[(&str, VmFlags)] = &[
     ("pf", VmFlags::PFN_MAP),
     ("mm", VmFlags::MIXED_MAP),
     ("dp", VmFlags::DROPPABLE),
+    ("ac", VmFlags::ACCOUNTED),
 ];
 
 macro_rules! flags {
@@ -88,6 +89,8 @@ flags! {
     MIXED_MAP = 22;
     /// MAP_DROPPABLE.
     DROPPABLE = 23;
+    /// Counts against the commit limit.
+    ACCOUNTED = 24;
 }
 
 impl VmFlags {

@@ -54,6 +54,13 @@ pub enum ProcError {
     },
 }
 
+impl ProcError {
+    /// Whether the task does not exist any more.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Read { errno: Errno::ENOENT | Errno::ESRCH, .. })
+    }
+}
+
 /// An open `/proc/PID`: stays with this very task, even if the pid is reused.
 #[derive(Debug)]
 pub struct ProcDir {

@@ -30,6 +30,16 @@ pub enum TreeError {
         /// "descriptor table", ...
         what: &'static str,
     },
+    /// The main thread has exited.
+    #[error(
+        "the main thread of task {pid} ({name}) has exited while others go on, which is not supported yet"
+    )]
+    DeadLeader {
+        /// The process.
+        pid: i32,
+        /// Its name.
+        name: String,
+    },
     /// A thread has of its own what threads usually share.
     #[error("thread {tid} of task {pid} ({name}) has a {what} of its own, which is not supported yet")]
     Unshared {
@@ -113,7 +123,11 @@ impl Tree {
     pub fn read(found: &[Found]) -> Result<Self, TreeError> {
         let mut processes = Vec::with_capacity(found.len());
         for one in found {
-            processes.push(read_process(one)?);
+            match read_process(one) {
+                // Its parent waited for it in the moment before the parent itself was stopped.
+                Err(TreeError::Proc(error)) if one.zombie && error.is_gone() => {}
+                process => processes.push(process?),
+            }
         }
         let inner: HashMap<i32, i32> =
             processes.iter().map(|process| (process.host_pid, process.pid)).collect();

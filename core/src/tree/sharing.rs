@@ -18,6 +18,10 @@ const OF_PROCESSES: &[(Resource, &str)] = &[
 
 /// Refuses what is shared between processes, or not shared between threads: restore would change it in silence.
 pub fn refuse_unsupported_sharing(tree: &Tree) -> Result<(), TreeError> {
+    // proc_pid_stat(5): a dead leader is a zombie although its threads live on.
+    if let Some(process) = tree.living().find(|process| process.stat.state() == b'Z') {
+        return Err(TreeError::DeadLeader { pid: process.host_pid, name: process.name.clone() });
+    }
     for &(resource, what) in OF_PROCESSES {
         let mut set = SharingSet::new(resource);
         for process in tree.living() {

@@ -4,10 +4,6 @@ use super::{MemoryError, PAGE};
 use crate::image::records::{MemoryMap, Vma, VmaAdvice, VmaKind};
 use std::ops::Range;
 
-/// A mapping without access and without contents gets a region of its own from this size on: joined to others it would
-/// count against the commit limit, and it is often a reservation larger than the machine's memory.
-const LARGE_RESERVATION: u64 = 64 << 20;
-
 /// Widest gap between two mappings of one region. Unmapping a gap costs a fourth of making and moving a mapping.
 const GAP: u64 = 16 * PAGE;
 
@@ -121,7 +117,9 @@ pub fn regions(map: &MemoryMap, pages: &[Range<u64>]) -> Result<Vec<Region>, Mem
         let first = pages.partition_point(|page| page.end <= vma.start);
         let contents = pages.get(first).is_some_and(|page| page.start < vma.end);
         let anonymous = matches!(backing, Backing::Anonymous { grows_down: false, .. });
-        let reserve = vma.prot == 0 && !contents && vma.end - vma.start >= LARGE_RESERVATION;
+        // Joined to writable ones it would count against the commit limit, and it is often a reservation larger than the
+        // machine's memory.
+        let reserve = vma.prot & libc::PROT_WRITE as u32 == 0 && !contents && !has(vma, VmaAdvice::Accounted);
         let huge = huge(vma);
         match regions.last_mut() {
             Some(last)
@@ -162,7 +160,7 @@ mod tests {
     use super::*;
 
     fn vma(start: u64, end: u64, prot: u32) -> Vma {
-        Vma { start, end, prot, ..Vma::default() }
+        Vma { start, end, prot, advice: VmaAdvice::Accounted as u32, ..Vma::default() }
     }
 
     #[test]
