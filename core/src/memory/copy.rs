@@ -20,7 +20,7 @@ pub enum Source<'a> {
     Process {
         /// The process.
         pid: i32,
-        /// Its `/proc/PID/mem`, which reads what process_vm_readv(2) refuses (PROT_NONE).
+        /// Its `/proc/PID/mem`, which reads inaccessible pages, too.
         memory: &'a File,
     },
     /// A shared memory segment, by the file behind it; addresses are offsets.
@@ -36,40 +36,12 @@ impl Source<'_> {
     /// Fills `buffer` from the runs, which together are as long.
     fn read(&self, runs: &[(u64, usize)], buffer: &mut [u8]) -> Result<(), MemoryError> {
         match self {
-            Self::Process { pid, memory } => read_process(*pid, memory, runs, buffer),
+            // Not process_vm_readv(2), although it is faster: it pins pages, for which the kernel gives the task a copy of its
+            // own of every page that it shares since a fork (gup_must_unshare, mm/internal.h).
+            Self::Process { pid, memory } => read_file(*pid, memory, runs, buffer),
             Self::Segment { pid, file } => read_file(*pid, file, runs, buffer),
         }
     }
-}
-
-fn read_process(
-    pid: i32,
-    memory: &File,
-    runs: &[(u64, usize)],
-    buffer: &mut [u8],
-) -> Result<(), MemoryError> {
-    let mut done = 0;
-    let mut runs = runs;
-    while !runs.is_empty() {
-        let remote: Vec<libc::iovec> = runs
-            .iter()
-            .take(VECTORS)
-            .map(|&(address, length)| libc::iovec { iov_base: address as *mut _, iov_len: length })
-            .collect();
-        let wanted: usize = remote.iter().map(|vector| vector.iov_len).sum();
-        let local = libc::iovec { iov_base: buffer[done..].as_mut_ptr().cast(), iov_len: wanted };
-        // SAFETY: `local` lies within `buffer`, since the runs together are as long as it; the remote side is checked
-        // by the kernel.
-        let count =
-            unsafe { libc::process_vm_readv(pid, &local, 1, remote.as_ptr(), remote.len() as u64, 0) };
-        if count != wanted as isize {
-            // Stopped at a page that process_vm_readv may not touch: do this group again by /proc/pid/mem.
-            read_file(pid, memory, &runs[..remote.len()], &mut buffer[done..done + wanted])?;
-        }
-        done += wanted;
-        runs = &runs[remote.len()..];
-    }
-    Ok(())
 }
 
 fn read_file(pid: i32, file: &File, runs: &[(u64, usize)], buffer: &mut [u8]) -> Result<(), MemoryError> {
