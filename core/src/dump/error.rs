@@ -116,9 +116,7 @@ impl DumpError {
             ) => ExitStatus::Unsupported,
             Self::Plugin(error) if error.source.kind == ErrorKind::Unsupported => ExitStatus::Unsupported,
             Self::Plugins(_) | Self::Plugin(_) | Self::NoSuchKind { .. } => ExitStatus::Plugin,
-            Self::Front(
-                FrontError::HookCrashed { .. } | FrontError::HookEnded { .. } | FrontError::HookHung { .. },
-            ) => ExitStatus::Plugin,
+            Self::Front(FrontError::HookCrashed { .. } | FrontError::HookHung { .. }) => ExitStatus::Plugin,
             Self::Interrupted(_) => ExitStatus::Interrupted,
             _ => ExitStatus::Failure,
         };
