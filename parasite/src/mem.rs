@@ -70,5 +70,7 @@ extern "C" fn rust_eh_personality() {}
 /// See `rust_eh_personality`.
 #[unsafe(no_mangle)]
 extern "C" fn _Unwind_Resume() -> ! {
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }

@@ -56,7 +56,9 @@ fn fail(arguments: &Arguments, tid: i32, failure: &Failure) -> ! {
     }
     // SAFETY: exit_group(2) does not return.
     unsafe { call(nr::EXIT_GROUP, [1]) };
-    loop {}
+    loop {
+        core::hint::spin_loop();
+    }
 }
 
 /// The trap at which the tracer takes over.

@@ -20,6 +20,8 @@ pub struct Table<T> {
     entry: PhantomData<T>,
 }
 
+// Core makes tables and reads steps; the restorer, which shares this file, does not.
+#[allow(dead_code)]
 impl<T> Table<T> {
     /// A table of `len` entries at `address`.
     pub const fn new(address: u64, len: u64) -> Self {
@@ -317,6 +319,7 @@ macro_rules! steps {
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Step { $(#[doc = $text] $name = $number,)* }
 
+        #[allow(dead_code)]
         impl Step {
             /// The step of a number in a [`Status`].
             pub const fn from_number(number: u32) -> Option<Self> {

@@ -25,7 +25,6 @@ pub mod nr {
     pub const MUNMAP: u64 = 11;
     pub const RT_SIGACTION: u64 = 13;
     pub const RT_SIGPROCMASK: u64 = 14;
-    pub const SCHED_YIELD: u64 = 24;
     pub const MREMAP: u64 = 25;
     pub const MINCORE: u64 = 27;
     pub const MADVISE: u64 = 28;

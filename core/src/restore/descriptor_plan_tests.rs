@@ -2,7 +2,10 @@ use super::*;
 use crate::image::records::{Descriptor, DescriptorTable, Task};
 use crate::restore::tree_plan::TreeTask;
 
-fn image(tables: &[(i32, i32, &[(u32, u32)])], objects: &[(u32, &str, &[u32], &[u32])]) -> Image {
+/// pid, parent, and the descriptors as (number, handle).
+type Table<'a> = (i32, i32, &'a [(u32, u32)]);
+
+fn image(tables: &[Table<'_>], objects: &[(u32, &str, &[u32], &[u32])]) -> Image {
     let mut image = Image::default();
     for (at, (pid, ppid, descriptors)) in tables.iter().enumerate() {
         let files = at as u32 + 1;
