@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use stasis_tests::launch::Flavour;
-use stasis_tests::scenario::{self, Variant};
+use stasis_tests::scenario::{self, Failure, Variant};
 use stasis_tests::suite::{self, Test};
 use stasis_tests::workloads;
 
@@ -13,6 +13,27 @@ const PLAN: [(Flavour, &[Variant]); 3] = [
     (Flavour::Ns, &[Variant::Kill, Variant::Running]),
     (Flavour::User, &[Variant::Kill, Variant::Running]),
 ];
+
+/// What cannot hold yet, or cannot hold by its nature: (workload, flavour, variant, why).
+const SKIPPED: &[(&str, Option<Flavour>, Option<Variant>, &str)] = &[
+    ("threads_dead_leader", None, None, "refused by name until issue 3"),
+    ("ns_tree", Some(Flavour::Host), None, "namespaces inside the tree are refused by name until issue 6"),
+    ("sleep_absolute", None, Some(Variant::Running), "points in time pass while the original runs on"),
+    ("sleep_absolute", None, Some(Variant::NoCow), "points in time pass while the original runs on"),
+    ("sleep_absolute", None, Some(Variant::Stopped), "points in time pass while the original is stopped"),
+    ("sleep_relative", None, Some(Variant::Rounds), "the sleeps are over before the last round"),
+    ("tree_fork_storm", None, Some(Variant::Stopped), "its processes end while the harness continues them"),
+];
+
+/// Why a scenario is not played.
+fn skipped(workload: &str, flavour: Flavour, variant: Variant) -> Option<&'static str> {
+    let hit = SKIPPED.iter().find(|(name, in_flavour, in_variant, _)| {
+        *name == workload
+            && in_flavour.is_none_or(|one| one == flavour)
+            && in_variant.is_none_or(|one| one == variant)
+    });
+    hit.map(|(.., why)| *why)
+}
 
 fn main() -> ExitCode {
     let mut tests = Vec::new();
@@ -30,7 +51,10 @@ fn main() -> ExitCode {
                     continue;
                 }
                 let name = format!("{}::{}::{}", flavour.name(), workload.name, variant.name());
-                let mut test = Test::new(name, move |name| scenario::run(name, workload, flavour, variant));
+                let mut test = Test::new(name, move |name| match skipped(workload.name, flavour, variant) {
+                    Some(why) => Err(Failure::Skipped(why.into())),
+                    None => scenario::run(name, workload, flavour, variant),
+                });
                 test.heavy = workload.heavy;
                 tests.push(test);
             }

@@ -276,7 +276,7 @@ impl Adopted {
 }
 
 /// Thread and process in the innermost pid namespace.
-fn inner(tid: i32) -> (i32, i32) {
+pub(super) fn inner(tid: i32) -> (i32, i32) {
     let last = |field| {
         let text = who::status_field(tid, field).unwrap_or_default();
         text.split_ascii_whitespace().last().and_then(|number| number.parse().ok()).unwrap_or(0)

@@ -209,7 +209,12 @@ fn wait_for_children(
     pairs: &[(i32, i32)],
     waiter: &mut Waiter,
 ) -> Result<(), GuardianError> {
-    let arguments = |child: i32| [child as u64, 0, libc::__WALL as u64, 0, 0, 0];
+    let arguments = |child: i32| {
+        // The original may be in a pid namespace of its own; 0 would mean any child of its group.
+        let (_, inner) = super::restore::inner(child);
+        let number = if inner > 0 { inner } else { child };
+        [number as u64, 0, libc::__WALL as u64, 0, 0, 0]
+    };
     let calls: Vec<_> =
         pairs.iter().map(|&(pid, child)| (pid, libc::SYS_wait4 as u64, arguments(child))).collect();
     let mut outcome = Ok(());

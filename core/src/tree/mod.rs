@@ -161,7 +161,11 @@ impl Tree {
         let root = self.root();
         // The ids of a session that began outside the pid namespace show as 0.
         let outside = |id: i32| id == 0 || (id != root.pid && (id == root.sid || id == root.pgid));
-        for process in &self.processes {
+        // A namespace inside the tree is another matter, for the plugin of its kind to refuse.
+        let depth = |process: &Process| {
+            process.status.text("NSpid").map_or(0, |pids| pids.split_whitespace().count())
+        };
+        for process in self.processes.iter().filter(|process| depth(process) == depth(root)) {
             for (what, id) in [("session", process.sid), ("process group", process.pgid)] {
                 if outside(id) && self.by_pid(id).is_none() {
                     let name = process.name.clone();
