@@ -195,6 +195,15 @@ impl HostAbi for NoHost {
     fn current_task(&self) -> i32 {
         0
     }
+    fn ends_tree(&self) -> bool {
+        false
+    }
+    fn externals(&self) -> RVec<RString> {
+        RVec::new()
+    }
+    fn inherited(&self, _: RStr<'_>) -> AbiResult<ROption<i32>> {
+        no()
+    }
     fn tasks(&self) -> RVec<TaskInfo> {
         RVec::new()
     }

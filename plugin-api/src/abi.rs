@@ -55,6 +55,9 @@ pub trait HostAbi {
     fn warn(&self, message: RStr<'_>);
     fn progress(&self, done: u64, total: u64);
     fn current_task(&self) -> i32;
+    fn ends_tree(&self) -> bool;
+    fn externals(&self) -> RVec<RString>;
+    fn inherited(&self, key: RStr<'_>) -> AbiResult<ROption<i32>>;
     fn tasks(&self) -> RVec<TaskInfo>;
     fn sessions(&self) -> RVec<SessionInfo>;
     fn handle(&self, id: u32) -> ROption<HandleInfo>;

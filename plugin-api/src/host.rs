@@ -41,6 +41,28 @@ impl<'a> Host<'a> {
         self.inner.current_task()
     }
 
+    /// Whether the tree is killed after this dump, so that `commit` will run (dump only). If not, what can only be read
+    /// by consuming it is refused, or documented as lost.
+    pub fn ends_tree(&self) -> bool {
+        self.inner.ends_tree()
+    }
+
+    /// What the user said is outside (`--external KEY`), in his words: `tty[RDEV:DEV]`, `unix[INO]`, ...
+    pub fn externals(&self) -> Vec<String> {
+        self.inner.externals().into_iter().map(Into::into).collect()
+    }
+
+    /// Whether `--external` names exactly this key.
+    pub fn is_external(&self, key: &str) -> bool {
+        self.externals().iter().any(|external| external == key)
+    }
+
+    /// A duplicate of the descriptor that the user gave for this key (`--inherit-fd fd[N]:KEY`), if he did (restore only).
+    pub fn inherited(&self, key: &str) -> Result<Option<OwnedFd>> {
+        let fd: Option<i32> = self.inner.inherited(key.into()).into_result()?.into();
+        Ok(fd.map(take_fd))
+    }
+
     /// All processes of the tree.
     pub fn tasks(&self) -> Vec<TaskInfo> {
         self.inner.tasks().into()

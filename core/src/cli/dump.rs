@@ -27,6 +27,9 @@ pub struct DumpArgs {
     /// The tree is a shell's job: its session, group and terminal may be outside
     #[arg(short = 'j', long)]
     shell_job: bool,
+    /// A resource that is outside of the tree and stays there, e.g. tty[RDEV:DEV]; may be repeated
+    #[arg(long, value_name = "KEY")]
+    external: Vec<String>,
     /// With --leave-running: keep the tree frozen while pages are copied, and need no memory for a snapshot
     #[arg(long)]
     no_cow: bool,
@@ -56,6 +59,7 @@ pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption
             _ => Afterwards::Kill,
         },
         shell_job: args.shell_job,
+        external: args.external.clone(),
         copy_on_write: !args.no_cow,
         timeout: Duration::try_from_secs_f64(args.timeout).unwrap_or(Duration::MAX),
         freeze_cgroup: args.freeze_cgroup.clone(),

@@ -3,7 +3,7 @@
 use super::{CommonArgs, ExitStatus, logging, report};
 use crate::{
     plugins::GivenOption,
-    restore::{self, RestoreOptions},
+    restore::{self, InheritFd, RestoreOptions},
 };
 use clap::Args;
 use nix::{
@@ -31,6 +31,12 @@ pub struct RestoreArgs {
     /// Restore into the caller's session, group and terminal what was dumped as a shell's job
     #[arg(short = 'j', long)]
     shell_job: bool,
+    /// A resource that is outside of the tree, as at the dump; may be repeated
+    #[arg(long, value_name = "KEY")]
+    external: Vec<String>,
+    /// Descriptor N of this command takes the place of an external resource; may be repeated
+    #[arg(long, value_name = "fd[N]:KEY")]
+    inherit_fd: Vec<InheritFd>,
     /// Write the pid of the restored root process to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -53,6 +59,8 @@ pub fn run(args: &RestoreArgs, common: &CommonArgs, plugin_options: Vec<GivenOpt
         sibling: args.restore_sibling,
         leave_stopped: args.leave_stopped,
         shell_job: args.shell_job,
+        external: args.external.clone(),
+        inherit_fds: args.inherit_fd.clone(),
         pidfile: args.pidfile.clone(),
         timeout: args.timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
         plugin_timeout: common.plugin_timeout(),

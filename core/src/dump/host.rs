@@ -1,6 +1,6 @@
 //! What core offers to hooks during a dump.
 
-use super::Context;
+use super::{Afterwards, Context};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, openat},
@@ -58,6 +58,18 @@ impl HostAbi for DumpHost<'_> {
 
     fn current_task(&self) -> i32 {
         0
+    }
+
+    fn ends_tree(&self) -> bool {
+        self.context.options.afterwards == Afterwards::Kill
+    }
+
+    fn externals(&self) -> RVec<RString> {
+        self.context.options.external.iter().map(|key| key.as_str().into()).collect()
+    }
+
+    fn inherited(&self, key: RStr<'_>) -> AbiResult<ROption<i32>> {
+        RResult::RErr(HookError::invalid(format!("{key}: descriptors are inherited by a restore only")))
     }
 
     fn tasks(&self) -> RVec<TaskInfo> {

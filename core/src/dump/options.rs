@@ -28,6 +28,8 @@ pub struct DumpOptions {
     pub shell_job: bool,
     /// With `afterwards: Run`: fork the processes and write the copies out while they run on. Off: copy while frozen.
     pub copy_on_write: bool,
+    /// `--external`: resources that the user knows to be outside, by keys of the plugins.
+    pub external: Vec<String>,
     /// How long tasks may take to stop.
     pub timeout: Duration,
     /// A cgroup v1 freezer or v2 directory to freeze with, instead of stopping task by task.
@@ -53,6 +55,7 @@ impl DumpOptions {
             afterwards: Afterwards::Kill,
             shell_job: false,
             copy_on_write: true,
+            external: Vec::new(),
             timeout: Duration::from_secs(10),
             freeze_cgroup: None,
             sync: false,

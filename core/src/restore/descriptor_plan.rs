@@ -115,12 +115,13 @@ struct Planner<'a> {
 }
 
 impl DescriptorPlan {
-    /// Plans the descriptors of `image`. `after` are the kinds that must precede a plugin's kind; `limit` is the highest
-    /// number of descriptors that this process may have.
+    /// Plans the descriptors of `image`. `after` are the kinds that must precede a plugin's kind; `own` is how many
+    /// descriptors the user gave; `limit` is the highest number of descriptors that this process may have.
     pub fn new(
         image: &Image,
         tree: &TreePlan,
         after: &dyn Fn(&str, &str) -> Vec<String>,
+        own: i32,
         limit: i32,
     ) -> Result<Self, DescriptorPlanError> {
         let mut planner = Planner { image, tree, holder: BTreeMap::new(), user: BTreeMap::new() };
@@ -152,7 +153,7 @@ impl DescriptorPlan {
         };
         let link = phase(&|object| object.link_as)?;
         let settle = phase(&|object| object.settle_as)?;
-        let service = planner.service(limit)?;
+        let service = planner.service(own, limit)?;
         Ok(Self { creations, levels, creator, link, settle, service })
     }
 
@@ -291,7 +292,7 @@ impl Planner<'_> {
     }
 
     /// The first gap between all numbers in use that is large enough.
-    fn service(&self, limit: i32) -> Result<ServiceNumbers, DescriptorPlanError> {
+    fn service(&self, own: i32, limit: i32) -> Result<ServiceNumbers, DescriptorPlanError> {
         let tables = self.image.tables.values();
         let used: BTreeSet<i32> =
             tables.flat_map(|table| &table.descriptors).map(|descriptor| descriptor.number as i32).collect();
@@ -306,7 +307,7 @@ impl Planner<'_> {
         let shards = self.image.shards.keys().next_back().map_or(0, |last| *last as usize + 1);
         // For the while: a pidfd for each creator, and what one hook has just made.
         let most = self.image.objects.values().map(|object| object.handles.len()).max().unwrap_or(0);
-        let needed = FIXED + (shards + parked + self.tree.nodes.len() + most) as i32;
+        let needed = FIXED + own + (shards + parked + self.tree.nodes.len() + most) as i32;
         let mut first = 3;
         for number in used.iter().copied().chain([limit]) {
             if number - first >= needed {

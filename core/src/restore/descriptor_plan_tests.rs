@@ -45,6 +45,7 @@ fn plan(image: &Image) -> Result<DescriptorPlan, DescriptorPlanError> {
         image,
         &tree(image),
         &|_, kind| if kind == "late" { vec!["a".into()] } else { vec![] },
+        0,
         1024,
     )
 }

@@ -65,6 +65,19 @@ impl HostAbi for RestoreHost<'_> {
     fn current_task(&self) -> i32 {
         self.pid
     }
+    fn ends_tree(&self) -> bool {
+        false
+    }
+    fn externals(&self) -> RVec<RString> {
+        self.plans.external.iter().map(|key| key.as_str().into()).collect()
+    }
+    fn inherited(&self, key: RStr<'_>) -> AbiResult<ROption<i32>> {
+        let Some(&number) = self.plans.inherited.get(key.as_str()) else { return ROk(ROption::RNone) };
+        match sys::duplicate_above(number, 0) {
+            Ok(fd) => ROk(ROption::RSome(fd.into_raw_fd())),
+            Err(error) => RErr(HookError::failed(format!("duplicating the descriptor for {key}"), error)),
+        }
+    }
     fn tasks(&self) -> RVec<TaskInfo> {
         let tasks = self.plans.image.tasks.iter();
         tasks

@@ -33,4 +33,4 @@ mod world;
 pub use blob::RestorerFailure;
 pub use error::{Failure, RestoreError};
 pub use front::restore;
-pub use options::{RestoreOptions, RestoreReport};
+pub use options::{InheritFd, InheritFdError, RestoreOptions, RestoreReport};

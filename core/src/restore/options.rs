@@ -19,6 +19,10 @@ pub struct RestoreOptions {
     pub leave_stopped: bool,
     /// `--shell-job`: a session whose leader is not in the image is replaced by that of the caller.
     pub shell_job: bool,
+    /// `--external`: resources that are outside, by keys of the plugins.
+    pub external: Vec<String>,
+    /// `--inherit-fd`: descriptors of the caller for external resources.
+    pub inherit_fds: Vec<InheritFd>,
     /// `--pidfile`: gets the root's pid before it runs.
     pub pidfile: Option<PathBuf>,
     /// `--timeout`: for the whole restore.
@@ -49,4 +53,55 @@ pub struct RestoreReport {
     pub threads: usize,
     /// From the start of the command to the release of the tasks.
     pub elapsed: Duration,
+}
+
+/// A descriptor of the caller that takes the place of an external resource: `fd[N]:KEY`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InheritFd {
+    /// Its number in this process.
+    pub fd: i32,
+    /// What it is for, in the words of the plugin.
+    pub key: String,
+}
+
+/// What `--inherit-fd` was given.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InheritFdError {
+    /// Not of that form.
+    #[error("{0:?} is not of the form fd[N]:KEY")]
+    Form(String),
+    /// The caller has no such descriptor.
+    #[error("descriptor {0} is not open")]
+    NotOpen(i32),
+}
+
+impl std::str::FromStr for InheritFd {
+    type Err = InheritFdError;
+
+    fn from_str(text: &str) -> Result<Self, InheritFdError> {
+        let parts = text.strip_prefix("fd[").and_then(|rest| rest.split_once("]:"));
+        let fd = parts.and_then(|(number, _)| number.parse().ok()).filter(|fd| *fd >= 0);
+        match (fd, parts) {
+            (Some(fd), Some((_, key))) if !key.is_empty() => {
+                let open = super::sys::fcntl(fd, libc::F_GETFD, 0).is_ok();
+                if open { Ok(Self { fd, key: key.into() }) } else { Err(InheritFdError::NotOpen(fd)) }
+            }
+            _ => Err(InheritFdError::Form(text.into())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inherited_descriptors_are_parsed() {
+        let parsed = InheritFd { fd: 0, key: "tty[8800:17]".into() };
+        assert_eq!("fd[0]:tty[8800:17]".parse(), Ok(parsed));
+        for bad in ["fd[0]", "fd[0]:", "fd[-1]:x", "0:x", "fd[x]:y"] {
+            assert_eq!(bad.parse::<InheritFd>(), Err(InheritFdError::Form(bad.into())));
+        }
+        assert_eq!("fd[99999]:x".parse::<InheritFd>(), Err(InheritFdError::NotOpen(99999)));
+    }
 }

@@ -18,9 +18,10 @@ use crate::{
 };
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
     io::Read,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, IntoRawFd, OwnedFd},
 };
 
 /// What the root task is given.
@@ -71,9 +72,14 @@ fn prepare(setup: RootSetup<'_>) -> Result<&'static World> {
     }));
     let silent = tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::default());
     std::mem::forget(silent);
-    let plans = Plans::new(options)?;
-    close_all_but(&permission)?;
+    let mut plans = Plans::new(options)?;
     raise_descriptor_limit()?;
+    let first = plans.descriptors.service.first;
+    for number in plans.inherited.values_mut() {
+        let moved = sys::duplicate_above(*number, first).map(IntoRawFd::into_raw_fd);
+        *number = moved.map_err(RestoreError::system(format!("take on descriptor {number}")))?;
+    }
+    close_all_but(plans.inherited.values().copied().chain([permission.as_raw_fd()]).collect())?;
     // Hooks make files with exactly the modes they ask for; the restorer sets the mask of the image.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     let world: &'static World = Box::leak(Box::new(World::new(plans, shared, watch)?));
@@ -94,15 +100,18 @@ fn wait_for_permission(permission: OwnedFd) -> Result<()> {
 }
 
 /// Inherited descriptors, standard input and output among them, are none of the image's.
-fn close_all_but(kept: &OwnedFd) -> Result<()> {
-    let kept = kept.as_raw_fd();
+fn close_all_but(kept: BTreeSet<i32>) -> Result<()> {
     let close = |first: i32, last: u32| {
         sys::close_range(first, last).map_err(RestoreError::system("close inherited descriptors"))
     };
-    if kept > 0 {
-        close(0, kept as u32 - 1)?;
+    let mut first = 0;
+    for kept in kept {
+        if kept > first {
+            close(first, kept as u32 - 1)?;
+        }
+        first = kept + 1;
     }
-    close(kept + 1, u32::MAX)
+    close(first, u32::MAX)
 }
 
 /// Tables may be as large as they were; the restorer sets the limit of the image.

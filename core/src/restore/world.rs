@@ -38,6 +38,10 @@ pub struct Plans {
     pub descriptors: DescriptorPlan,
     /// Tasks and numbers that refer to each handle.
     pub holders: BTreeMap<u32, Vec<Holder>>,
+    /// Keys that the user named with `--external`.
+    pub external: Vec<String>,
+    /// Numbers of the descriptors that he gave with `--inherit-fd`, by key.
+    pub inherited: BTreeMap<String, i32>,
 }
 
 impl Plans {
@@ -59,7 +63,10 @@ impl Plans {
             kind.map(|kind| kind.declaration.after.iter().map(ToString::to_string).collect())
                 .unwrap_or_default()
         };
-        let descriptors = DescriptorPlan::new(image, &tree, &after, descriptor_limit())?;
+        let inherited: BTreeMap<String, i32> =
+            options.inherit_fds.iter().map(|given| (given.key.clone(), given.fd)).collect();
+        let own = inherited.len() as i32;
+        let descriptors = DescriptorPlan::new(image, &tree, &after, own, descriptor_limit())?;
         let mut holders: BTreeMap<u32, Vec<Holder>> = BTreeMap::new();
         for task in image.tasks.iter().filter(|task| !task.zombie) {
             for descriptor in image.tables.get(&task.files).map_or(&[][..], |table| &table.descriptors) {
@@ -67,7 +74,8 @@ impl Plans {
                 holders.entry(descriptor.handle).or_default().push(Holder { pid: task.pid, fd, cloexec });
             }
         }
-        Ok(Self { image, registry, tree, descriptors, holders })
+        let external = options.external.clone();
+        Ok(Self { image, registry, tree, descriptors, holders, external, inherited })
     }
 
     /// The task of a node, if it is one that runs on.
@@ -142,7 +150,7 @@ impl World {
     pub fn new(plans: Plans, shared: Shared, watch: &'static HookWatch) -> Result<Self> {
         let image = plans.image;
         let first = plans.descriptors.service.first;
-        let mut own = Vec::new();
+        let mut own: Vec<i32> = plans.inherited.values().copied().collect();
         let mut move_up = |file: File| -> Result<File> {
             let moved = sys::duplicate_above(file.as_raw_fd(), first);
             let moved = moved.map_err(RestoreError::system("move a descriptor out of the way"))?;
@@ -160,7 +168,7 @@ impl World {
             let old = file.try_clone().map_err(RestoreError::system("duplicate a descriptor"))?;
             *file = move_up(old)?;
         }
-        let parking = first + FIXED + last as i32;
+        let parking = first + FIXED + last as i32 + plans.inherited.len() as i32;
         let memory = memory_plan(&plans)?;
         let locations = Locations::new(image)?;
         let blobs = RefCell::new(blobs);

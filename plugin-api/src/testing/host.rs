@@ -30,6 +30,12 @@ pub(super) struct Handle {
 pub struct FakeHost {
     /// The options given; an empty text for a switch.
     pub options: BTreeMap<String, String>,
+    /// Keys given with `--external`.
+    pub externals: Vec<String>,
+    /// Descriptors given with `--inherit-fd`, by key.
+    pub inherited: BTreeMap<String, OwnedFd>,
+    /// Whether the tree is left running after the dump.
+    pub leave_running: bool,
     /// What hooks have warned of.
     pub warnings: RefCell<Vec<String>>,
     /// Blobs by name.
@@ -158,6 +164,17 @@ impl HostAbi for FakeHost {
     fn progress(&self, _: u64, _: u64) {}
     fn current_task(&self) -> i32 {
         if self.restoring { own_pid() } else { 0 }
+    }
+    fn ends_tree(&self) -> bool {
+        !self.leave_running
+    }
+    fn externals(&self) -> RVec<RString> {
+        self.externals.iter().map(|key| key.as_str().into()).collect()
+    }
+    fn inherited(&self, key: RStr<'_>) -> AbiResult<ROption<i32>> {
+        let copy = self.inherited.get(key.as_str()).map(OwnedFd::try_clone).transpose();
+        let copy = copy.map_err(|error| HookError::failed("duplicate of an inherited descriptor", error));
+        across(copy.map(|fd| fd.map(IntoRawFd::into_raw_fd).into()))
     }
     fn tasks(&self) -> RVec<TaskInfo> {
         let host_pid = if self.restoring { 0 } else { own_pid() };
