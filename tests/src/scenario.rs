@@ -125,6 +125,8 @@ pub struct Stage {
     /// Whether files of the workload grow while it runs, so that only a tree left stopped shows them as they are in the
     /// image.
     pub growing: bool,
+    /// Flags that every dump of it needs.
+    pub flags: &'static [&'static str],
     /// Whether the root's pid is one of the harness' own namespace.
     pub keeps_pids: bool,
 }
@@ -210,6 +212,7 @@ impl Stage {
             steady: true,
             verify: None,
             growing: false,
+            flags: &[],
             keeps_pids: flavour == Flavour::Host,
         };
         stage.wait_for("pid", "the launcher")?;
@@ -369,7 +372,7 @@ impl Stage {
     pub fn dump(&self, tool: &Tool, name: &str, more: &[&str]) -> Result<tool::Done, Failure> {
         let images = self.dir.join(name);
         fs::create_dir_all(&images).doing("making the image directory")?;
-        Ok(self.tool(&mut tool.dump(self.root, &images, more))?.ok()?)
+        Ok(self.tool(tool.dump(self.root, &images, more).args(self.flags))?.ok()?)
     }
 
     /// Restores from `DIR/NAME` and asserts that it worked.
@@ -420,6 +423,7 @@ pub fn run(
     let patience = Duration::from_secs(if workload.heavy { 180 } else { 30 });
     let mut stage = Stage::start(test, workload.name, flavour, patience)?;
     stage.steady = workload.steady;
+    stage.flags = workload.flags;
     let outcome = play(&mut stage, variant);
     if outcome.is_ok() {
         stage.kill_tree()?;

@@ -188,7 +188,7 @@ impl Snapshot {
                 // An epoll entry ends with the position, inode and device of its target.
                 .map(|line| match line.find(" pos:") {
                     Some(end) if line.starts_with("tfd:") => line[..end].to_owned(),
-                    _ => line.to_owned(),
+                    _ => open_flags(line).or_else(|| lock(line)).unwrap_or_else(|| line.to_owned()),
                 })
                 .collect();
             // The order of an epoll's entries is that of a tree of kernel addresses.
@@ -213,7 +213,7 @@ impl Classes {
     fn descriptor(&mut self, target: &str) -> String {
         match target.split_once(":[") {
             Some((kind @ ("pipe" | "socket"), _)) => format!("{kind} #{}", self.class(target)),
-            _ => target.to_owned(),
+            _ => unlinked(target).unwrap_or_else(|| target.to_owned()),
         }
     }
 
@@ -248,6 +248,30 @@ fn names(dir: &Path) -> Vec<String> {
         .collect();
     found.sort_by_key(|name| (name.parse::<u64>().ok(), name.clone()));
     found
+}
+
+/// The name of an unlinked file that a restore cannot make once more: that of an O_TMPFILE file is its inode number, and
+/// another name may be in use again.
+fn unlinked(target: &str) -> Option<String> {
+    let path = Path::new(target.strip_suffix(" (deleted)")?);
+    let (directory, name) = (path.parent()?, path.file_name()?.to_str()?);
+    let numbered = name.strip_prefix('#').is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_digit()));
+    let in_use = name.starts_with(".stasis-ghost.") || path.symlink_metadata().is_ok();
+    (numbered || in_use).then(|| format!("{}/? (deleted)", directory.display()))
+}
+
+/// The flags line of fdinfo without O_TMPFILE, which says how a file was made.
+fn open_flags(line: &str) -> Option<String> {
+    let flags = i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok()?;
+    let made = flags & libc::O_TMPFILE == libc::O_TMPFILE;
+    made.then(|| format!("flags:\t0{:o}", flags & !libc::O_TMPFILE))
+}
+
+/// A lock without pid and inode, which differ in outer pid namespaces and for unlinked files.
+fn lock(line: &str) -> Option<String> {
+    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
+    let kept = words.iter().enumerate().filter(|(n, _)| ![4, 5].contains(n)).map(|(_, word)| *word);
+    Some(format!("lock: {}", kept.collect::<Vec<_>>().join(" ")))
 }
 
 fn link(path: &Path) -> String {

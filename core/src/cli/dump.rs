@@ -39,12 +39,32 @@ pub struct DumpArgs {
     /// Freeze with this cgroup instead of stopping task by task
     #[arg(long, value_name = "DIR")]
     freeze_cgroup: Option<PathBuf>,
+    /// Largest deleted file that goes into the image, in bytes on disk; K, M and G are understood
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = size)]
+    ghost_limit: u64,
+    /// Make a hard link beside a file that was unlinked under the name by which it is open and has others; the restore
+    /// takes it away
+    #[arg(long)]
+    link_remap: bool,
+    /// Keep locks and leases on files. Between dump and restore nobody holds them: a restore fails if another process has
+    /// taken one
+    #[arg(short = 'l', long)]
+    file_locks: bool,
     /// Wait until all pages are on the disk (the rest of the image always is)
     #[arg(long)]
     sync: bool,
     /// Copy all pages from outside the tasks
     #[arg(long, hide = true)]
     outside_only: bool,
+}
+
+/// A number of bytes with an optional K, M or G, as CRIU takes it.
+fn size(text: &str) -> Result<u64, String> {
+    let units = [(['K', 'k'], 10), (['M', 'm'], 20), (['G', 'g'], 30)];
+    let found = units.iter().find_map(|(letters, shift)| Some((text.strip_suffix(letters)?, *shift)));
+    let (digits, shift) = found.unwrap_or((text, 0));
+    let number: u64 = digits.parse().map_err(|_| "a number of bytes, with K, M or G".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
 }
 
 /// Runs the subcommand.
@@ -65,6 +85,9 @@ pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption
         freeze_cgroup: args.freeze_cgroup.clone(),
         sync: args.sync,
         outside_only: args.outside_only,
+        ghost_limit: args.ghost_limit,
+        link_remap: args.link_remap,
+        file_locks: args.file_locks,
         plugins: common.plugins.choice(),
         plugin_options,
         plugin_timeout: common.plugin_timeout(),

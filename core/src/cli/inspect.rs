@@ -121,6 +121,7 @@ fn as_json(image: &Image) -> Result<Value, ImageError> {
         "tasks": image.tasks.iter().map(|task| decoder.core(task)).collect::<Vec<_>>(),
         "memory_maps": maps,
         "mapped_files": image.mapped_files.values().map(|r| decoder.core(r)).collect::<Vec<_>>(),
+        "ghost_files": image.ghosts.values().map(|r| decoder.core(r)).collect::<Vec<_>>(),
         "shared_segments": image.segments.values().map(|r| decoder.core(r)).collect::<Vec<_>>(),
         "page_maps": page_maps.map(|r| decoder.core(r)).collect::<Vec<_>>(),
         "page_files": image.shards.values().map(|r| decoder.core(r)).collect::<Vec<_>>(),

@@ -40,6 +40,9 @@ pub struct RestoreArgs {
     /// Write the pid of the restored root process to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// Do not refuse files that have another mode, size or build id than at the dump
+    #[arg(long)]
+    no_file_check: bool,
     /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<f64>,
@@ -64,6 +67,7 @@ pub fn run(args: &RestoreArgs, common: &CommonArgs, plugin_options: Vec<GivenOpt
         pidfile: args.pidfile.clone(),
         timeout: args.timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
         plugin_timeout: common.plugin_timeout(),
+        no_file_check: args.no_file_check,
         threads: 0,
     };
     let done = match restore::restore(&options) {

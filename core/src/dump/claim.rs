@@ -6,9 +6,11 @@ use super::{
     inventory::{Claim, Inventory},
 };
 use crate::{
-    files::table::Handle,
+    files::{Names, locks, table::Handle},
+    image::records::{FileLock, LockKind, PathRef},
     memory::describe::Unknown,
     plugins::{HandleFacts, MappingFacts, MappingKind, Wanted},
+    proc::ProcDir,
     tree::{Process, Tree},
 };
 use stasis_plugin_api::{ErrorKind, VmaInfo};
@@ -70,36 +72,75 @@ fn filesystem_magic(fd: BorrowedFd<'_>) -> Option<u64> {
     nix::sys::statfs::fstatfs(fd).ok().map(|statfs| statfs.filesystem_type().0 as u64)
 }
 
-/// Regular files and directories with a path are core's own.
+/// Regular files and directories with a path are core's own, and whatever is only named (O_PATH): nothing happens when
+/// such a descriptor is opened.
 fn is_path_backed(handle: &Handle) -> bool {
     let kind = handle.facts.stat.st_mode & libc::S_IFMT;
-    (kind == libc::S_IFREG || kind == libc::S_IFDIR) && handle.facts.link.starts_with(b"/")
+    let named = handle.facts.status_flags & libc::O_PATH as u32 != 0;
+    (named || kind == libc::S_IFREG || kind == libc::S_IFDIR) && handle.facts.link.starts_with(b"/")
 }
 
-/// Why a path-backed file could not be opened again, if so.
-fn refused_path(handle: &Handle) -> Option<&'static str> {
-    let facts = &handle.facts;
-    match facts.stat.st_nlink {
-        0 if facts.stat.st_mode & libc::S_IFMT == libc::S_IFREG => {
-            Some("is deleted, which is not supported yet")
+/// The locks of a description, each once; or why they cannot be kept.
+fn locks(
+    context: &Context<'_>,
+    inventory: &Inventory,
+    handle: &Handle,
+) -> Result<Result<Vec<FileLock>, (String, String)>, DumpError> {
+    let mut found: Vec<FileLock> = Vec::new();
+    for (pid, text) in &handle.locks {
+        let Some(process) = inventory.tree.processes.iter().find(|process| process.host_pid == *pid) else {
+            continue;
+        };
+        let shown = match locks::parse(text, process.pid) {
+            Ok(shown) => shown,
+            Err(error) => return Ok(Err((error.to_string(), "let the program unlock it".into()))),
+        };
+        if shown.iter().any(|lock| lock.kind() == LockKind::Posix) {
+            // Restoring closes a descriptor of the executable, and with it go all locks that the process has on it.
+            let (exe, stat) = (process.proc.stat("exe")?, &handle.facts.stat);
+            if (exe.st_dev, exe.st_ino) == (stat.st_dev, stat.st_ino) {
+                let why = "is locked by the program whose executable it is".to_owned();
+                return Ok(Err((why, "let the program unlock it".into())));
+            }
         }
-        0 => Some("is a removed directory, which is not supported yet"),
-        _ if facts.link.ends_with(b" (deleted)") => {
-            Some("was unlinked under this name, which is not supported yet")
-        }
-        // fs/locks.c, show_fd_locks: one line per lock, only in fdinfo.
-        _ if facts.info.lines().any(|line| line.starts_with("lock:")) => {
-            Some("is locked, which is not supported yet")
-        }
-        _ => None,
+        found.extend(shown);
     }
+    found.sort_by_key(|lock| (lock.kind, lock.pid, lock.start));
+    found.dedup();
+    if !found.is_empty() && !context.options.file_locks {
+        return Ok(Err((
+            "is locked".into(),
+            "--file-locks keeps locks, if nobody takes them meanwhile".into(),
+        )));
+    }
+    Ok(Ok(found))
+}
+
+/// A file or directory of core's: its name for the image, or why there is none.
+fn path_backed(
+    tree: &Tree,
+    handle: &Handle,
+    names: &mut Names,
+) -> Result<Result<PathRef, (String, String)>, DumpError> {
+    let facts = &handle.facts;
+    let (pid, number) = handle.subject();
+    let file = format!("fd/{number}");
+    let found = match tree.processes.iter().find(|process| process.host_pid == pid) {
+        Some(process) => names.refer(&process.proc, &file, &facts.link, &facts.stat),
+        None => names.refer(&ProcDir::open(pid)?, &file, &facts.link, &facts.stat),
+    };
+    Ok(found.map_err(|refusal| (refusal.to_string(), refusal.remedy())))
 }
 
 /// Asks for every descriptor who takes it, until no further one turns up in flight.
-pub(super) fn descriptors(context: &Context<'_>, missing: &mut Vec<Unclaimed>) -> Result<(), DumpError> {
+pub(super) fn descriptors(
+    context: &Context<'_>,
+    names: &mut Names,
+    missing: &mut Vec<Unclaimed>,
+) -> Result<(), DumpError> {
     let mut next = 0;
     while next < context.inventory.borrow().handles.all.len() {
-        let (claim, in_flight) = descriptor(context, next, missing)?;
+        let (claim, in_flight) = descriptor(context, next, names, missing)?;
         let inventory = &mut *context.inventory.borrow_mut();
         inventory.claims.push(claim);
         if let Claim::Object { index, .. } = claim {
@@ -117,6 +158,7 @@ pub(super) fn descriptors(context: &Context<'_>, missing: &mut Vec<Unclaimed>) -
 fn descriptor(
     context: &Context<'_>,
     index: usize,
+    names: &mut Names,
     missing: &mut Vec<Unclaimed>,
 ) -> Result<(Claim, Vec<OwnedFd>), DumpError> {
     let id = Inventory::handle_id(index);
@@ -125,6 +167,14 @@ fn descriptor(
     let (pid, number) = handle.subject();
     // The loop of the caller goes over existing handles only.
     let info = inventory.handle_info(id).unwrap_or_default();
+    let locked = match locks(context, &inventory, handle)? {
+        Ok(locks) => locks,
+        Err((why, remedy)) => {
+            let what = format!("{} {why}", info.link);
+            missing.push(unclaimed(&inventory.tree, pid, format!("descriptor {number}"), what, remedy));
+            return Ok((Claim::Path, Vec::new()));
+        }
+    };
     // Most kinds need a duplicate; plain files do not, and an O_PATH descriptor of a device cannot be asked anything.
     let opened = std::cell::OnceCell::new();
     let open = || opened.get_or_init(|| inventory.open_handle(id));
@@ -132,15 +182,22 @@ fn descriptor(
     let socket = || socket_facts(open().as_ref().ok()?.as_fd());
     let facts = HandleFacts::new(&info, &magic, &socket);
     let Some(kind) = context.registry.descriptor_for(&facts) else {
-        let refused = if is_path_backed(handle) { refused_path(handle) } else { Some("") };
-        let Some(why) = refused else { return Ok((Claim::Path, Vec::new())) };
-        let what = match why {
-            "" => format!("{} is claimed by no enabled plugin", info.link),
-            why => format!("{} {why}", info.link),
+        let (what, remedy) = if is_path_backed(handle) {
+            match path_backed(&inventory.tree, handle, names)? {
+                Ok(path) => {
+                    drop(inventory);
+                    let mut inventory = context.inventory.borrow_mut();
+                    inventory.paths.insert(index, path);
+                    inventory.keep_locks(index, locked);
+                    return Ok((Claim::Path, Vec::new()));
+                }
+                Err((why, remedy)) => (format!("{} {why}", info.link), remedy),
+            }
+        } else {
+            let helper = context.registry.would_take(Wanted::Handle(&facts));
+            let remedy = helper.map(|name| format!("plugin {name} would take it: enable it"));
+            (format!("{} is claimed by no enabled plugin", info.link), remedy.unwrap_or_default())
         };
-        let helper = if why.is_empty() { context.registry.would_take(Wanted::Handle(&facts)) } else { None };
-        let remedy =
-            helper.map_or_else(String::new, |name| format!("plugin {name} would take it: enable it"));
         missing.push(unclaimed(&inventory.tree, pid, format!("descriptor {number}"), what, remedy));
         return Ok((Claim::Path, Vec::new()));
     };
@@ -169,6 +226,7 @@ fn descriptor(
     let (plugin, kind) = (kind.plugin.clone(), kind.name().to_string());
     drop(inventory);
     let inventory = &mut *context.inventory.borrow_mut();
+    inventory.keep_locks(index, locked);
     let index = inventory.object(&plugin, &kind, &described.identity, &described.description);
     Ok((Claim::Object { index, role: described.role }, in_flight))
 }

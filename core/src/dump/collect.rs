@@ -3,18 +3,23 @@
 use super::{
     Context, DumpError,
     claim::{self, Unclaimed, unclaimed},
+    ghosts,
     inventory::Inventory,
     pages::Pages,
 };
 use crate::{
-    files::table::{Handles, read_table},
+    files::{
+        Names,
+        names::Allowed,
+        table::{Handles, read_table},
+    },
     image::records::{self, Header, MemoryMap},
     machine,
-    memory::describe::{self, MappedObjects, MemoryDescription},
+    memory::describe::{self, MappedObjects, MemoryDescription, Refused},
     parallel,
     plugins::Wanted,
     proc::mappings,
-    task::{self, ProcessContext},
+    task::{self, ProcessContext, TaskPaths},
     tree::{Found, NamespaceMap, Process, Tree, refuse_unsupported_sharing},
 };
 use nix::time::{ClockId, clock_gettime};
@@ -27,6 +32,8 @@ pub(super) struct FrozenTree {
     pub namespaces: NamespaceMap,
     memory: Vec<MemoryDescription>,
     objects: MappedObjects,
+    /// Executable, working directory and root of each living process.
+    paths: Vec<TaskPaths>,
     contexts: HashMap<i32, ProcessContext>,
     /// Number of each living process' memory map and descriptor table, by pid as stasis sees it.
     numbers: HashMap<i32, u32>,
@@ -60,12 +67,26 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
     let facts = parallel::map(&living, |process| -> Result<_, DumpError> {
         Ok((mappings::read(&process.proc)?, read_table(&process.proc)?))
     })?;
-    let mut objects = MappedObjects::default();
+    let root = tree.root();
+    let (mounts, users) = (namespaces.is_foreign("mnt", root), namespaces.is_foreign("user", root));
+    let allowed =
+        Allowed { ghost_limit: context.options.ghost_limit, link_remap: context.options.link_remap };
+    let pids = tree.processes.iter().map(|process| process.pid).collect();
+    let names = Names::new(allowed, &root.proc, mounts, users)?
+        .with_processes(pids, namespaces.is_foreign("pid", root));
+    let mut objects = MappedObjects::new(names);
+    let mut missing = Vec::new();
+    let mut paths = Vec::with_capacity(living.len());
     let mut memory = Vec::with_capacity(living.len());
     let mut handles = Handles::default();
     let mut tables = BTreeMap::new();
     for (process, (mappings, descriptors)) in living.iter().zip(facts) {
         memory.push(describe::describe(&process.proc, mappings, &mut objects)?);
+        paths.push(TaskPaths::read(&process.proc, &mut objects.names, |what, link, refusal| {
+            let text = format!("{} {refusal}", String::from_utf8_lossy(&link));
+            let (place, remedy) = (what.to_owned(), refusal.remedy());
+            missing.push(unclaimed(&tree, process.host_pid, place, text, remedy));
+        })?);
         tables.insert(process.host_pid, handles.add_table(process.host_pid, descriptors)?);
     }
     let numbers = living.iter().zip(1..).map(|(process, number)| (process.host_pid, number)).collect();
@@ -75,11 +96,11 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
         namespaces,
         memory,
         objects,
+        paths,
         contexts: HashMap::new(),
         numbers,
         plugin_mappings: Vec::new(),
     };
-    let mut missing = Vec::new();
     frozen.claim(context, &mut missing)?;
     if missing.is_empty() { Ok(frozen) } else { Err(DumpError::Unclaimed(missing)) }
 }
@@ -87,13 +108,17 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
 impl FrozenTree {
     fn claim(&mut self, context: &Context<'_>, missing: &mut Vec<Unclaimed>) -> Result<(), DumpError> {
         claim::sessions(context, missing)?;
-        claim::descriptors(context, missing)?;
+        claim::descriptors(context, &mut self.objects.names, missing)?;
         let inventory = context.inventory.borrow();
         for (index, (process, memory)) in inventory.tree.living().zip(&mut self.memory).enumerate() {
             for (mapping, why) in &memory.refused {
+                let (why, remedy) = match why {
+                    Refused::State(why) => ((*why).to_owned(), String::new()),
+                    Refused::File(refusal) => (refusal.to_string(), refusal.remedy()),
+                };
                 let what = format!("{} {why}", name_of(&mapping.path));
                 let place = claim::place(mapping.start, mapping.end);
-                missing.push(unclaimed(&inventory.tree, process.host_pid, place, what, String::new()));
+                missing.push(unclaimed(&inventory.tree, process.host_pid, place, what, remedy));
             }
             for unknown in &memory.unknown {
                 if let Some((kind, info)) = claim::mapping(context, process, unknown, missing) {
@@ -123,6 +148,11 @@ impl FrozenTree {
     /// Number of a process' memory map and descriptor table.
     pub fn number(&self, host_pid: i32) -> u32 {
         self.numbers.get(&host_pid).copied().unwrap_or_default()
+    }
+
+    /// How the tree's user namespace calls a user.
+    pub fn uid_inside(&self, uid: u32) -> u32 {
+        self.objects.names.uid_inside(uid)
     }
 
     /// Step 5: registers, signals, and what only injected code can ask.
@@ -155,13 +185,14 @@ impl FrozenTree {
         for (segment, _) in &self.objects.segments {
             context.writer.write(segment)?;
         }
-        let living: Vec<&Process> = tree.living().collect();
+        ghosts::write(context, &self.objects.names)?;
+        let living: Vec<(&Process, &TaskPaths)> = tree.living().zip(&self.paths).collect();
         let empty = ProcessContext::default();
-        let described = parallel::map(&living, |process| {
+        let described = parallel::map(&living, |&(process, paths)| {
             let found = self.contexts.get(&process.host_pid).unwrap_or(&empty);
             let number = self.number(process.host_pid);
             Ok::<_, DumpError>((
-                task::describe(process, found, &self.namespaces, number)?,
+                task::describe(process, found, &self.namespaces, paths, number)?,
                 task::memory_map(process, found.brk, number)?,
             ))
         })?;

@@ -59,6 +59,16 @@ pub enum DumpError {
         /// Why.
         errno: Errno,
     },
+    /// A file without a name cannot be kept.
+    #[error("cannot {operation} the unlinked file {path}: {errno}")]
+    Ghost {
+        /// What was tried.
+        operation: &'static str,
+        /// A name that it had.
+        path: String,
+        /// Why not.
+        errno: Errno,
+    },
     /// Signals of a descriptor go to somebody outside the tree.
     #[error(
         "descriptor {number} ({link}) of task {pid} sends its signals to process {owner}, which is not in the tree \

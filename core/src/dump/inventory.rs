@@ -3,6 +3,7 @@
 use super::host::PidFds;
 use crate::{
     files::table::{Entry, Handles},
+    image::records::{FileLock, PathRef},
     tree::{Process, Tree},
 };
 use nix::errno::Errno;
@@ -52,6 +53,10 @@ pub struct Inventory {
     pub handles: Handles,
     /// Who knows each of them, by index.
     pub claims: Vec<Claim>,
+    /// Files of core's own, by index of the handle.
+    pub paths: HashMap<usize, PathRef>,
+    /// Locks on open file descriptions, by index of the handle.
+    pub locks: HashMap<usize, Vec<FileLock>>,
     /// Objects of plugins.
     pub objects: Vec<ObjectDraft>,
     by_number: HashMap<(i32, i32), usize>,
@@ -73,6 +78,8 @@ impl Inventory {
             tables,
             handles,
             claims: Vec::new(),
+            paths: HashMap::new(),
+            locks: HashMap::new(),
             objects: Vec::new(),
             by_number,
             by_identity: HashMap::new(),
@@ -103,6 +110,13 @@ impl Inventory {
             });
         }
         index
+    }
+
+    /// Notes the locks of a handle.
+    pub fn keep_locks(&mut self, index: usize, locks: Vec<FileLock>) {
+        if !locks.is_empty() {
+            self.locks.insert(index, locks);
+        }
     }
 
     /// Handles are numbered from 1 in the image.

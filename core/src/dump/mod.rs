@@ -4,6 +4,7 @@ mod claim;
 mod collect;
 mod context;
 mod error;
+mod ghosts;
 mod host;
 mod inventory;
 mod options;
@@ -165,7 +166,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     frozen_tree.write(context)?;
     resources::namespaces(context, &frozen_tree.namespaces)?;
     resources::objects(context)?;
-    resources::tables(context, |pid| frozen_tree.number(pid))?;
+    resources::tables(context, |pid| frozen_tree.number(pid), |uid| frozen_tree.uid_inside(uid))?;
     resources::tasks(context)?;
     context.check_interrupted()?;
     let mut pages = frozen_tree.pages(context)?;
@@ -204,6 +205,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     let stats = context.writer.finish(shards, options.sync)?;
     report.image_bytes = stats.core_bytes + stats.blob_bytes + stats.page_bytes;
     // From here on the image is complete: an error is no reason to undo it.
+    context.guardian.borrow_mut().keep_links()?;
     if let Err(error) = context.lifecycle(Event::Dumped) {
         context.warnings.borrow_mut().push(error.to_string());
     }

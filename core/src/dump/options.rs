@@ -15,6 +15,9 @@ pub enum Afterwards {
     Stop,
 }
 
+/// Deleted files up to this size go into the image unasked; CRIU's default.
+pub const GHOST_LIMIT: u64 = 1 << 20;
+
 /// Options of [`dump`](super::dump).
 #[derive(Debug, Clone)]
 pub struct DumpOptions {
@@ -42,6 +45,12 @@ pub struct DumpOptions {
     pub plugins: PluginChoice,
     /// Options that plugins declare.
     pub plugin_options: Vec<GivenOption>,
+    /// `--ghost-limit`: deleted files with more bytes than this on disk are refused.
+    pub ghost_limit: u64,
+    /// `--link-remap`: hard links may be made for files that are unlinked under one of their names.
+    pub link_remap: bool,
+    /// `--file-locks`: locks and leases are kept; otherwise a locked file is refused.
+    pub file_locks: bool,
     /// How long one hook may take.
     pub plugin_timeout: Option<Duration>,
 }
@@ -62,6 +71,9 @@ impl DumpOptions {
             outside_only: false,
             plugins: PluginChoice::default(),
             plugin_options: Vec::new(),
+            ghost_limit: GHOST_LIMIT,
+            link_remap: false,
+            file_locks: false,
             plugin_timeout: Some(Duration::from_secs(60)),
         }
     }

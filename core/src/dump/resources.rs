@@ -1,7 +1,8 @@
 //! Step 7 and 8, resources: plugins write their records, core writes tables and handles.
 
 use super::{Context, DumpError, inventory::Claim, inventory::Inventory};
-use crate::{files::path_ref, image::records, tree::NamespaceMap};
+use crate::{image::records, tree::NamespaceMap};
+use nix::errno::Errno;
 use stasis_plugin_api::{Actor, ActorKind, NamespaceInfo};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -139,8 +140,13 @@ pub(super) fn tasks(context: &Context<'_>) -> Result<(), DumpError> {
     Ok(())
 }
 
-/// Writes open file descriptions and descriptor tables. `ids` numbers the tables, by pid as stasis sees it.
-pub(super) fn tables(context: &Context<'_>, ids: impl Fn(i32) -> u32) -> Result<(), DumpError> {
+/// Writes open file descriptions and descriptor tables. `ids` numbers the tables, by pid as stasis sees it; `uid` is how the
+/// tree's user namespace calls a user.
+pub(super) fn tables(
+    context: &Context<'_>,
+    ids: impl Fn(i32) -> u32,
+    uid: impl Fn(u32) -> u32,
+) -> Result<(), DumpError> {
     let inventory = context.inventory.borrow();
     for (index, handle) in inventory.handles.all.iter().enumerate() {
         let claim = inventory.claims[index];
@@ -148,7 +154,7 @@ pub(super) fn tables(context: &Context<'_>, ids: impl Fn(i32) -> u32) -> Result<
         let (pid, number) = handle.subject();
         let (owner, signal) = match handle.holders.is_empty() && handle.in_flight.is_none() {
             true => (None, 0),
-            false => signals(&inventory, index)?,
+            false => signals(&inventory, index, &uid)?,
         };
         context.writer.write(&records::Handle {
             id: Inventory::handle_id(index),
@@ -160,7 +166,8 @@ pub(super) fn tables(context: &Context<'_>, ids: impl Fn(i32) -> u32) -> Result<
             position: facts.position,
             owner,
             signal,
-            path: (claim == Claim::Path).then(|| path_ref(facts.link.clone(), &facts.stat)),
+            path: inventory.paths.get(&index).cloned(),
+            locks: inventory.locks.get(&index).cloned().unwrap_or_default(),
             role: match claim {
                 Claim::Path => 0,
                 Claim::Object { role, .. } => role,
@@ -185,7 +192,11 @@ pub(super) fn tables(context: &Context<'_>, ids: impl Fn(i32) -> u32) -> Result<
 
 /// F_GETOWN_EX, F_GETOWNER_UIDS and F_GETSIG (fcntl(2)), which only descriptors with O_ASYNC or an owner make use of. The
 /// kernel translates pids into our namespace, and drops owners that are gone.
-fn signals(inventory: &Inventory, index: usize) -> Result<(Option<records::Owner>, i32), DumpError> {
+fn signals(
+    inventory: &Inventory,
+    index: usize,
+    uid: &dyn Fn(u32) -> u32,
+) -> Result<(Option<records::Owner>, i32), DumpError> {
     let handle = &inventory.handles.all[index];
     // O_PATH descriptors have neither.
     if handle.facts.status_flags & libc::O_PATH as u32 != 0 {
@@ -228,5 +239,10 @@ fn signals(inventory: &Inventory, index: usize) -> Result<(Option<records::Owner
             return Err(DumpError::ForeignOwner { pid, number, link: link(), owner: owner.pid });
         }
     };
-    Ok((Some(records::Owner { kind: owner.kind, id, uid: 0, euid: 0 }), signal))
+    const F_GETOWNER_UIDS: i32 = 17;
+    let mut uids = [0_u32; 2];
+    // SAFETY: F_GETOWNER_UIDS writes two uids. EINVAL without CONFIG_CHECKPOINT_RESTORE, which `stasis check` asks for.
+    let got = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWNER_UIDS, uids.as_mut_ptr()) };
+    Errno::result(got).map_err(|errno| DumpError::Duplicate { pid, number, link: link(), errno })?;
+    Ok((Some(records::Owner { kind: owner.kind, id, uid: uid(uids[0]), euid: uid(uids[1]) }), signal))
 }

@@ -28,6 +28,8 @@ pub struct Handle {
     pub facts: DescriptorFacts,
     /// Who holds it: (process as stasis sees it, number, close-on-exec).
     pub holders: Vec<(i32, i32, bool)>,
+    /// Texts about locks: the process to which they are shown, and its fdinfo.
+    pub locks: Vec<(i32, String)>,
     /// For those held by no table (in flight inside another object): our own duplicate.
     pub in_flight: Option<OwnedFd>,
 }
@@ -75,8 +77,11 @@ impl Handles {
         let mut entries = Vec::with_capacity(facts.len());
         for facts in facts {
             let (number, cloexec) = (facts.number, facts.cloexec);
+            // fs/locks.c, show_fd_locks: each process is shown its own.
+            let locks = facts.info.contains("lock:\t").then(|| facts.info.clone());
             let handle = self.find_or_add(pid, facts)?;
             self.all[handle].holders.push((pid, number, cloexec));
+            self.all[handle].locks.extend(locks.map(|text| (pid, text)));
             entries.push(Entry { number, handle, cloexec });
         }
         Ok(entries)
@@ -121,7 +126,7 @@ impl Handles {
             }
         };
         if found.is_none() {
-            self.all.push(Handle { facts, holders: Vec::new(), in_flight: None });
+            self.all.push(Handle { facts, holders: Vec::new(), locks: Vec::new(), in_flight: None });
         }
         Ok(found.unwrap_or(next))
     }

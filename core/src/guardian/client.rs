@@ -18,6 +18,7 @@ use std::{
     collections::VecDeque,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
+    sync::atomic::AtomicU32,
     time::Duration,
 };
 
@@ -46,13 +47,18 @@ pub struct Guardian {
 impl Guardian {
     /// Forks the guardian. The calling process must have a single thread, and no plugin loaded.
     pub fn spawn() -> Result<Self, GuardianError> {
+        Self::spawn_holding(None)
+    }
+
+    /// The same. Restored tasks are not killed as long as `hold`, in memory shared with them, is not 0 (within reason).
+    pub fn spawn_holding(hold: Option<&'static AtomicU32>) -> Result<Self, GuardianError> {
         let (ours, theirs) = Channel::pair()?;
         // SAFETY: the process has one thread (the caller's duty), so the child may do anything.
         match unsafe { fork() }.map_err(|errno| GuardianError::channel("fork", errno))? {
             ForkResult::Child => {
                 drop(ours);
                 // A panic must not unwind into the caller's frames, which belong to the parent.
-                let code = std::panic::catch_unwind(|| server::run(theirs)).unwrap_or(2);
+                let code = std::panic::catch_unwind(|| server::run(theirs, hold)).unwrap_or(2);
                 // SAFETY: ends this process without running what the parent registered for its own exit.
                 unsafe { libc::_exit(code) }
             }
@@ -170,6 +176,24 @@ impl Guardian {
     /// Kills the copies and, in a short stop of each original, reaps them.
     pub fn reap_snapshots(&mut self) -> Result<(), GuardianError> {
         self.done(&Request::ReapSnapshots)
+    }
+
+    /// Makes a hard link to `file` in `directory`, which is taken away again unless [`Self::keep_links`] follows.
+    pub fn link(
+        &mut self,
+        file: BorrowedFd<'_>,
+        directory: BorrowedFd<'_>,
+        name: &str,
+    ) -> Result<(), GuardianError> {
+        match self.ask(&Request::Link { name: name.into() }, &[file, directory])? {
+            Reply::Done => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The image is complete, and needs the links.
+    pub fn keep_links(&mut self) -> Result<(), GuardianError> {
+        self.done(&Request::KeepLinks)
     }
 
     /// Ends the dump.

@@ -92,6 +92,14 @@ pub enum GuardianError {
         /// Why.
         errno: i32,
     },
+    /// No hard link can be made for a file that is unlinked under one of its names.
+    #[error("cannot make the hard link {name} for an unlinked file: {} (--link-remap needs a writable directory)", Errno::from_raw(*errno))]
+    Link {
+        /// The link.
+        name: String,
+        /// Why.
+        errno: i32,
+    },
     /// Tasks that were killed are still there.
     #[error("task {pid} ({name}) was killed but has not gone away")]
     NotGone {

@@ -2,9 +2,14 @@
 
 use super::{GuardianError, wait::Waiter};
 use crate::inject::run::Patience;
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags},
+    unistd::{UnlinkatFlags, linkat, unlinkat},
+};
 use std::{
     borrow::Cow,
     fs, io,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -88,4 +93,24 @@ pub struct Journal {
     pub freezer: Option<Freezer>,
     /// Descriptors that were installed in a task: process, number.
     pub descriptors: Vec<(i32, i32)>,
+    /// Hard links that were made for the image: directory, name.
+    pub links: Vec<(OwnedFd, String)>,
+}
+
+impl Journal {
+    /// Makes a hard link to a file (by any descriptor of it) and notes it.
+    pub fn link(&mut self, file: &OwnedFd, directory: OwnedFd, name: String) -> Result<(), GuardianError> {
+        let source = format!("/proc/self/fd/{}", file.as_raw_fd());
+        linkat(AT_FDCWD, source.as_str(), &directory, name.as_str(), AtFlags::AT_SYMLINK_FOLLOW)
+            .map_err(|errno| GuardianError::Link { name: name.clone(), errno: errno as i32 })?;
+        self.links.push((directory, name));
+        Ok(())
+    }
+
+    /// Takes away the links: there will be no image that needs them.
+    pub fn unlink(&mut self) {
+        for (directory, name) in self.links.drain(..) {
+            let _ = unlinkat(&directory, name.as_str(), UnlinkatFlags::NoRemoveDir);
+        }
+    }
 }

@@ -342,6 +342,13 @@ pub enum Request {
     ResumeOriginals,
     /// See [`super::Guardian::reap_snapshots`].
     ReapSnapshots,
+    /// See [`super::Guardian::link`]; the file and the directory come along.
+    Link {
+        /// Name of the link.
+        name: String,
+    },
+    /// See [`super::Guardian::keep_links`].
+    KeepLinks,
     /// See [`super::Guardian::finish`].
     Finish(Outcome),
     /// See [`super::Guardian::adopt`].

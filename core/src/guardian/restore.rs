@@ -16,6 +16,7 @@ use crate::{
 };
 use std::{
     collections::{BTreeMap, HashMap},
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -42,9 +43,16 @@ pub struct Nursery {
     /// The first that ended by a signal: reported or not, the restore has failed.
     crashed: Option<TaskDied>,
     group_stops: Vec<(i32, i32)>,
+    /// Not 0 while no task may be killed.
+    hold: Option<&'static AtomicU32>,
 }
 
 impl Nursery {
+    /// An empty one; tasks are not killed as long as `hold` is not 0.
+    pub fn new(hold: Option<&'static AtomicU32>) -> Self {
+        Self { hold, ..Self::default() }
+    }
+
     /// Anything to look after.
     pub fn is_empty(&self) -> bool {
         self.tasks.is_empty()
@@ -228,7 +236,15 @@ impl Nursery {
 
     /// Kills all, and waits until they are gone.
     pub fn abort(&mut self, waiter: &mut Waiter) -> Result<(), GuardianError> {
+        // A task with names of files to take away does so before it dies.
         let deadline = Instant::now() + STEP_TIME;
+        while self.hold.is_some_and(|hold| hold.load(Ordering::Acquire) != 0)
+            && !self.tasks.is_empty()
+            && Instant::now() < deadline
+        {
+            self.pump();
+            waiter.wait(Instant::now() + Duration::from_millis(1));
+        }
         let mut pids: Vec<i32> = Vec::new();
         loop {
             for task in self.tasks.values_mut() {

@@ -24,7 +24,7 @@ use nix::{
     },
     unistd::{dup2_stdin, dup2_stdout, setsid},
 };
-use std::{fs::File, io::Write, os::fd::OwnedFd, time::Duration};
+use std::{fs::File, io::Write, os::fd::OwnedFd, sync::atomic::AtomicU32, time::Duration};
 
 /// Everything the guardian holds.
 #[derive(Debug)]
@@ -38,12 +38,12 @@ struct Server {
 }
 
 /// Runs until the channel closes. Tells the exit code.
-pub fn run(channel: Channel) -> i32 {
+pub fn run(channel: Channel, hold: Option<&'static AtomicU32>) -> i32 {
     if prepare(&channel).is_err() {
         return 1;
     }
     let waiter = Waiter::new(channel.raw());
-    let (tree, journal, nursery) = (Tree::default(), Journal::default(), Nursery::default());
+    let (tree, journal, nursery) = (Tree::default(), Journal::default(), Nursery::new(hold));
     let mut server = Server { channel, waiter, tree, journal, jobs: Vec::new(), nursery };
     while server.turn().is_ok() {}
     server.undo();
@@ -151,6 +151,17 @@ impl Server {
                 Ok(Reply::Done)
             }
             Request::ReapSnapshots => snapshot::reap(tree, waiter).map(|()| Reply::Done),
+            Request::Link { name } => {
+                let mut fds = fds.into_iter();
+                let (Some(file), Some(directory)) = (fds.next(), fds.next()) else {
+                    return Err(GuardianError::Malformed { what: "number of descriptors".into() });
+                };
+                journal.link(&file, directory, name).map(|()| Reply::Done)
+            }
+            Request::KeepLinks => {
+                journal.links.clear();
+                Ok(Reply::Done)
+            }
             Request::Finish(outcome) => {
                 jobs.clear();
                 undo::finish(outcome, tree, journal, waiter).map(|()| Reply::Done)

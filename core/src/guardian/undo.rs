@@ -31,6 +31,7 @@ pub fn release(tree: &mut Tree, journal: &mut Journal, waiter: &mut Waiter) {
     detach(tree, waiter);
     tree.processes.clear();
     refreeze(journal);
+    journal.unlink();
 }
 
 /// Removes what was brought into the tasks, and puts registers back.

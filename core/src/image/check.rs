@@ -137,10 +137,17 @@ impl Place {
         if good { Ok(()) } else { Err(Fault::Range { place: self, what, start, end }) }
     }
 
-    fn path(self, path: Option<&PathRef>) -> Check {
-        path.map_or(Ok(()), |p| {
-            self.field("a path", p.path.len(), !p.path.contains(&0) && !p.path.is_empty())
-        })
+    fn path(self, image: &Image, path: Option<&PathRef>) -> Check {
+        let Some(path) = path else { return Ok(()) };
+        self.field("a path", path.path.len(), is_path(&path.path))?;
+        self.field("process of a path", path.process, (0..=MAX_PID).contains(&path.process))?;
+        if path.ghost == 0 {
+            return Ok(());
+        }
+        self.exists(RecordKind::GhostFile, &image.ghosts, path.ghost)?;
+        let ghost = &image.ghosts[&path.ghost];
+        let known = !ghost.nameless.is_empty() || ghost.paths.contains(&path.path);
+        self.field("name of a ghost file", path.path.len(), known)
     }
 }
 
@@ -183,8 +190,9 @@ pub(super) fn check(image: &Image) -> Check {
         check_vmas(&known, place, map)?;
     }
     for (id, file) in &image.mapped_files {
-        Place::new(RecordKind::MappedFile, *id).path(file.path.as_ref())?;
+        Place::new(RecordKind::MappedFile, *id).path(image, file.path.as_ref())?;
     }
+    image.ghosts.iter().try_for_each(|(id, ghost)| check_ghost(*id, ghost))?;
     for (id, segment) in &image.segments {
         let place = Place::new(RecordKind::SharedSegment, *id);
         place.field("id", *id, *id != 0)?;
@@ -259,7 +267,7 @@ fn check_task(known: &Known<'_>, task: &Task) -> Check {
     place.field("interval timers", task.itimers.len(), task.itimers.len() <= 3)?;
     place.field("limits", task.limits.len(), task.limits.len() <= 16)?;
     for path in [&task.exe, &task.cwd, &task.root] {
-        place.path(path.as_ref())?;
+        place.path(known.image, path.as_ref())?;
     }
     check_credentials(place, task.credentials.as_ref())?;
     check_siginfos(place, &task.pending)?;
@@ -405,7 +413,7 @@ fn check_handles(image: &Image) -> Check {
             place.exists(RecordKind::Object, &image.objects, handle.object)?;
         } else {
             place.field("path", 0u32, handle.path.is_some())?;
-            place.path(handle.path.as_ref())?;
+            place.path(image, handle.path.as_ref())?;
         }
         let kind = handle.owner.as_ref().map_or(0, |owner| owner.kind);
         // F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP.
@@ -414,6 +422,29 @@ fn check_handles(image: &Image) -> Check {
         place.field("signal", handle.signal, (0..=64).contains(&handle.signal))?;
     }
     Ok(())
+}
+
+fn is_path(path: &[u8]) -> bool {
+    !path.contains(&0) && !path.is_empty()
+}
+
+fn check_ghost(id: u32, ghost: &GhostFile) -> Check {
+    let place = Place::new(RecordKind::GhostFile, id);
+    place.field("id", id, id != 0)?;
+    let absolute = |path: &Vec<u8>| is_path(path) && path.first() == Some(&b'/');
+    let named = ghost.paths.iter().all(absolute) && (ghost.nameless.is_empty() || absolute(&ghost.nameless));
+    place.field("paths", ghost.paths.len(), named && ghost.paths.is_empty() != ghost.nameless.is_empty())?;
+    place.field("link", ghost.link.len(), ghost.link.is_empty() || absolute(&ghost.link))?;
+    place.field("size", ghost.size, i64::try_from(ghost.size).is_ok())?;
+    let mut last = 0;
+    for extent in &ghost.extents {
+        let end = extent.offset.saturating_add(extent.length);
+        let good = extent.offset >= last && extent.length != 0 && end <= ghost.size;
+        place.range("contents", extent.offset, end, good)?;
+        last = end;
+    }
+    let attributes = ghost.attributes.iter().all(|attribute| is_path(&attribute.name));
+    place.field("attributes", ghost.attributes.len(), attributes)
 }
 
 fn check_objects(known: &Known<'_>) -> Check {

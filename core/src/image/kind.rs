@@ -76,4 +76,6 @@ record_kinds! {
     13 Blob "blob" 1 BlobChunk;
     /// The last record of a file.
     14 Trailer "trailer" 1 Trailer;
+    /// A file without its name.
+    15 GhostFile "ghost file" 1 GhostFile;
 }

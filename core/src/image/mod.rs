@@ -43,6 +43,14 @@ pub const MANIFEST_FILE: &str = "manifest";
 /// What the manifest is called until it is complete.
 const MANIFEST_TEMPORARY: &str = "manifest.tmp";
 
+/// Blobs of core itself are those of a plugin without a name.
+pub const GHOST_PLUGIN: &str = "";
+
+/// Name of the blob with the contents of a file without a name.
+pub fn ghost_blob(id: u32) -> String {
+    format!("ghost-{id}")
+}
+
 /// Name of a page file.
 pub fn shard_file_name(index: u32) -> String {
     format!("pages-{index}.img")

@@ -9,8 +9,8 @@ use super::{
     manifest::Manifest,
     pages,
     records::{
-        DescriptorTable, Handle, Header, MappedFile, MemoryMap, NamespaceObject, Object, PageMap, Shard,
-        SharedSegment, Task, TaskRecord,
+        DescriptorTable, GhostFile, Handle, Header, MappedFile, MemoryMap, NamespaceObject, Object, PageMap,
+        Shard, SharedSegment, Task, TaskRecord,
     },
     shard_file_name, shard_index,
 };
@@ -34,6 +34,8 @@ pub struct Image {
     pub memory_maps: BTreeMap<u32, MemoryMap>,
     /// Files that are mapped, by id.
     pub mapped_files: BTreeMap<u32, MappedFile>,
+    /// Files without their names, by id.
+    pub ghosts: BTreeMap<u32, GhostFile>,
     /// Shared anonymous segments by id.
     pub segments: BTreeMap<u32, SharedSegment>,
     /// Where the pages of memory maps are, by id of the memory map.
@@ -225,6 +227,7 @@ impl Image {
             RecordKind::TaskRecord => self.task_records.push(frame.get(path)?),
             RecordKind::MemoryMap => return Ok(insert(&mut self.memory_maps, frame.get(path)?, |r| r.id)),
             RecordKind::MappedFile => return Ok(insert(&mut self.mapped_files, frame.get(path)?, |r| r.id)),
+            RecordKind::GhostFile => return Ok(insert(&mut self.ghosts, frame.get(path)?, |r| r.id)),
             RecordKind::SharedSegment => return Ok(insert(&mut self.segments, frame.get(path)?, |r| r.id)),
             RecordKind::Shard => return Ok(insert(&mut self.shards, frame.get(path)?, |r| r.index)),
             RecordKind::DescriptorTable => return Ok(insert(&mut self.tables, frame.get(path)?, |r| r.id)),

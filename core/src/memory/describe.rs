@@ -7,7 +7,7 @@ use super::{
     sharing,
 };
 use crate::{
-    files::path_ref,
+    files::{Names, Refusal},
     image::records::{MappedFile, SharedSegment, Vma, VmaAdvice, VmaKind},
     proc::{
         ProcDir,
@@ -59,6 +59,15 @@ pub struct Unknown {
     pub why: &'static str,
 }
 
+/// Why a mapping cannot be kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refused {
+    /// A state of it would be lost.
+    State(&'static str),
+    /// Its file cannot be found again.
+    File(Refusal),
+}
+
 /// The memory of one process.
 #[derive(Debug, Default)]
 pub struct MemoryDescription {
@@ -67,12 +76,14 @@ pub struct MemoryDescription {
     /// Mappings that a plugin must claim.
     pub unknown: Vec<Unknown>,
     /// Mappings that cannot be kept: (mapping, why).
-    pub refused: Vec<(Mapping, &'static str)>,
+    pub refused: Vec<(Mapping, Refused)>,
 }
 
 /// Files and segments mapped anywhere in the tree.
 #[derive(Debug, Default)]
 pub struct MappedObjects {
+    /// How files are found again.
+    pub names: Names,
     /// Files, with their ids from 1.
     pub files: Vec<MappedFile>,
     /// Shared anonymous segments, with their ids from 1, and how to open each.
@@ -82,17 +93,31 @@ pub struct MappedObjects {
 }
 
 impl MappedObjects {
-    fn file(&mut self, proc: &ProcDir, mapping: &Mapping, writable: bool) -> Result<u32, MemoryError> {
+    /// Nothing mapped yet.
+    pub fn new(names: Names) -> Self {
+        Self { names, ..Self::default() }
+    }
+
+    fn file(
+        &mut self,
+        proc: &ProcDir,
+        mapping: &Mapping,
+        writable: bool,
+    ) -> Result<Result<u32, Refusal>, MemoryError> {
         let key = (mapping.path.clone(), mapping.dev, mapping.ino, writable);
         if let Some(&id) = self.file_ids.get(&key) {
-            return Ok(id);
+            return Ok(Ok(id));
         }
         let id = self.files.len() as u32 + 1;
-        let stat = proc.stat(&map_file(mapping))?;
-        let path = mapping.path.strip_suffix(DELETED).unwrap_or(&mapping.path).to_vec();
-        self.files.push(MappedFile { id, path: Some(path_ref(path, &stat)), writable });
+        let link = map_file(mapping);
+        let stat = proc.stat(&link)?;
+        let path = match self.names.refer_built(proc, &link, &mapping.path, &stat) {
+            Ok(path) => path,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        self.files.push(MappedFile { id, path: Some(path), writable });
         self.file_ids.insert(key, id);
-        Ok(id)
+        Ok(Ok(id))
     }
 
     fn segment(&mut self, proc: &ProcDir, mapping: &Mapping) -> Result<u32, MemoryError> {
@@ -151,11 +176,13 @@ pub fn describe(
             }
             Class::File => {
                 vma.set_kind(if mapping.shared { VmaKind::SharedFile } else { VmaKind::PrivateFile });
-                vma.file = objects.file(proc, &mapping, mapping.shared && vma.may_write)?;
-                if objects.files[vma.file as usize - 1].path.as_ref().is_some_and(|path| path.deleted) {
-                    description.refused.push((mapping, "maps a deleted file, which is not supported yet"));
-                    continue;
-                }
+                vma.file = match objects.file(proc, &mapping, mapping.shared && vma.may_write)? {
+                    Ok(file) => file,
+                    Err(refusal) => {
+                        description.refused.push((mapping, Refused::File(refusal)));
+                        continue;
+                    }
+                };
             }
             Class::Unknown(why) => {
                 vma.set_kind(VmaKind::Plugin);
@@ -167,7 +194,9 @@ pub fn describe(
             }
         }
         match REFUSED.iter().find(|(flag, _)| mapping.flags.contains(*flag)) {
-            Some(&(_, why)) if vma.kind() != VmaKind::Plugin => description.refused.push((mapping, why)),
+            Some(&(_, why)) if vma.kind() != VmaKind::Plugin => {
+                description.refused.push((mapping, Refused::State(why)));
+            }
             _ => description.vmas.push(vma),
         }
     }

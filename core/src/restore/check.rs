@@ -5,11 +5,15 @@ use super::{
     error::{RestoreError, Result},
     world::{Plans, task_name},
 };
-use crate::image::records::{PathRef, Task};
+use crate::{
+    files::identity::difference,
+    image::records::{PathRef, Task, VmaKind},
+};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     ffi::OsStr,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    fs::File,
+    os::unix::ffi::OsStrExt,
     path::PathBuf,
 };
 
@@ -18,12 +22,13 @@ pub fn check(plans: &Plans, options: &RestoreOptions) -> Result<()> {
     machine(plans)?;
     tasks(plans)?;
     session(plans, options)?;
-    // Behind a mount namespace of the image, paths mean nothing yet.
-    let mounts = libc::CLONE_NEWNS as u64;
-    if !plans.image.namespaces.values().any(|namespace| namespace.clone_flag & mounts != 0) {
-        files(plans)?;
-    }
-    Ok(())
+    // Behind a mount namespace of the image, paths mean nothing yet; there the root task does this.
+    if has_mounts(plans) { Ok(()) } else { files(plans) }
+}
+
+/// Whether the tasks have mounts of their own.
+pub fn has_mounts(plans: &Plans) -> bool {
+    plans.image.namespaces.values().any(|namespace| namespace.clone_flag & libc::CLONE_NEWNS as u64 != 0)
 }
 
 fn machine(plans: &Plans) -> Result<()> {
@@ -81,61 +86,55 @@ fn session(plans: &Plans, options: &RestoreOptions) -> Result<()> {
     Err(RestoreError::NeedsFlag { what, flag: "--shell-job to restore it into the session of stasis" })
 }
 
-fn files(plans: &Plans) -> Result<()> {
+/// Whether every file that the tasks need is there, and is what it was. The one place where that is looked at: files that
+/// change in the moment until they are opened are their changer's doing.
+pub fn files(plans: &Plans) -> Result<()> {
     let image = plans.image;
+    let mut seen = HashSet::new();
     for task in image.tasks.iter().filter(|task| !task.zombie) {
-        for (use_of, path) in
-            [("executable", &task.exe), ("working directory", &task.cwd), ("root", &task.root)]
-        {
-            if let Some(path) = path {
-                file(task, use_of, path, false)?;
+        let own = [("executable", &task.exe), ("working directory", &task.cwd), ("root", &task.root)];
+        for (use_of, path) in own {
+            if let Some(path) = path.as_ref().filter(|path| seen.insert(*path)) {
+                file(plans, task, use_of, path)?;
             }
         }
-        let map = image.memory_maps.get(&task.mm);
-        let mut seen = None;
-        for vma in map.map_or(&[][..], |map| &map.vmas) {
-            let mapped = image.mapped_files.get(&vma.file).filter(|_| {
-                matches!(
-                    vma.kind(),
-                    crate::image::records::VmaKind::PrivateFile | crate::image::records::VmaKind::SharedFile
-                )
-            });
-            if let Some(mapped) = mapped.filter(|mapped| seen != Some(mapped.id)) {
-                seen = Some(mapped.id);
-                let path = mapped.path.clone().unwrap_or_default();
-                file(task, &format!("mapping {:#x}", vma.start), &path, true)?;
+        for vma in image.memory_maps.get(&task.mm).map_or(&[][..], |map| &map.vmas) {
+            let of_file = matches!(vma.kind(), VmaKind::PrivateFile | VmaKind::SharedFile);
+            let mapped = image.mapped_files.get(&vma.file).filter(|_| of_file);
+            let path = mapped.and_then(|mapped| mapped.path.as_ref());
+            if let Some(path) = path.filter(|path| seen.insert(*path)) {
+                file(plans, task, &format!("mapping {:#x}", vma.start), path)?;
             }
         }
     }
     for handle in image.handles.values().filter(|handle| handle.object == 0) {
         let none = Task { pid: handle.first_pid, ..Task::default() };
-        let task = image.task(handle.first_pid).unwrap_or(&none);
-        if let Some(path) = &handle.path {
-            file(task, &format!("descriptor {}", handle.first_fd), path, true)?;
+        let task = image.tasks.iter().find(|task| task.host_pid == handle.first_pid).unwrap_or(&none);
+        if let Some(path) = handle.path.as_ref().filter(|path| seen.insert(*path)) {
+            file(plans, task, &format!("descriptor {}", handle.first_fd), path)?;
         }
     }
     Ok(())
 }
 
-fn file(task: &Task, use_of: &str, path: &PathRef, sized: bool) -> Result<()> {
+fn file(plans: &Plans, task: &Task, use_of: &str, path: &PathRef) -> Result<()> {
+    // Those the image brings along (the link to one that has other names is looked at when it is used), and those of
+    // processes that do not exist yet.
+    if path.ghost != 0 || path.process != 0 {
+        return Ok(());
+    }
     let place = PathBuf::from(OsStr::from_bytes(&path.path));
-    let difference = if path.deleted {
-        "it was deleted before the dump, and its contents are not in the image".to_owned()
-    } else {
-        match std::fs::metadata(&place) {
+    // Paths of /proc resolve their links; what is a link here was opened as one (O_PATH).
+    let difference = match std::fs::symlink_metadata(&place) {
+        Err(error) => error.to_string(),
+        Ok(_) if !plans.file_check => return Ok(()),
+        Ok(now) => match difference(path, &now, || File::open(&place)) {
+            Ok(None) => return Ok(()),
+            Ok(Some(difference)) => {
+                format!("{difference} (put it back as it was, or use --no-file-check)")
+            }
             Err(error) => error.to_string(),
-            Ok(now) if path.mode != 0 && (now.mode() ^ path.mode) & libc::S_IFMT != 0 => {
-                "it is of another type than at the dump".to_owned()
-            }
-            Ok(now) if sized && path.mode & libc::S_IFMT == libc::S_IFREG && now.len() < path.size => {
-                format!(
-                    "it has {} bytes, but had {} at the dump (put it back as it was)",
-                    now.len(),
-                    path.size
-                )
-            }
-            Ok(_) => return Ok(()),
-        }
+        },
     };
     let (pid, name) = (task.pid, task_name(task));
     Err(RestoreError::File { pid, name, use_of: use_of.to_owned(), path: place, difference })

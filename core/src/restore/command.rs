@@ -5,6 +5,7 @@ use super::{
     error::{RestoreError, Result},
     final_state,
     front::{Channel, CloneRequest, Message},
+    ghosts,
     host::RestoreHost,
     pids, root,
     shared::Shared,
@@ -15,11 +16,13 @@ use crate::{
     guardian::{Guardian, GuardianError},
     plugins::{CallContext, HookWatch},
 };
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use stasis_plugin_api::Event;
 use std::{
     fs::File,
     io::{IsTerminal, Write},
     os::fd::OwnedFd,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -136,6 +139,8 @@ impl Command<'_> {
             written.map_err(RestoreError::system(format!("write {}", path.display())))?;
         }
         self.give_terminal(host_pid);
+        // Only now, while the root is there to tell where paths lead.
+        let links = ghosts::links(image, &PathBuf::from(format!("/proc/{host_pid}/root")));
         let released =
             check_interrupted().map_err(RestoreError::from).and_then(|()| Ok(self.guardian.release()?));
         if let Err(error) = released {
@@ -144,6 +149,12 @@ impl Command<'_> {
                 let _ = std::fs::remove_file(path);
             }
             return Err(error);
+        }
+        for (directory, name) in links {
+            // The files are open in the tree; another restore from this image would need the links, and says so.
+            if let Err(errno) = unlinkat(&directory, &name, UnlinkatFlags::NoRemoveDir) {
+                tracing::warn!("cannot take away the link {}: {errno}", name.display());
+            }
         }
         if let Err(error) = self.event(plans, Event::Resumed) {
             tracing::warn!("{error}");

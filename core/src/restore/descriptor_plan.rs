@@ -157,10 +157,13 @@ impl DescriptorPlan {
         Ok(Self { creations, levels, creator, link, settle, service })
     }
 
-    /// Pids that helpers must have for hooks to run as.
+    /// Pids that helpers must have: for hooks to run as, and dead ones of which files below /proc are open.
     pub fn stand_ins(image: &Image) -> BTreeSet<i32> {
         let actors = image.objects.values().flat_map(|o| [o.create_as, o.link_as, o.settle_as]).flatten();
-        actors.filter(|actor| actor.kind() == ActorKind::StandIn).map(|actor| actor.pid).collect()
+        let actors = actors.filter(|actor| actor.kind() == ActorKind::StandIn).map(|actor| actor.pid);
+        let paths = image.handles.values().filter_map(|handle| handle.path.as_ref());
+        let dead = paths.map(|path| path.process).filter(|&pid| pid != 0 && image.task(pid).is_none());
+        actors.chain(dead).collect()
     }
 }
 
@@ -307,7 +310,10 @@ impl Planner<'_> {
         let shards = self.image.shards.keys().next_back().map_or(0, |last| *last as usize + 1);
         // For the while: a pidfd for each creator, and what one hook has just made.
         let most = self.image.objects.values().map(|object| object.handles.len()).max().unwrap_or(0);
-        let needed = FIXED + own + (shards + parked + self.tree.nodes.len() + most) as i32;
+        let needed = FIXED
+            + own
+            + (shards + parked + self.tree.nodes.len() + most) as i32
+            + super::ghosts::count(self.image);
         let mut first = 3;
         for number in used.iter().copied().chain([limit]) {
             if number - first >= needed {

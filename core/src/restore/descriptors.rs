@@ -4,24 +4,18 @@ use super::{
     descriptor_plan::{Item, Phase, name},
     error::{RestoreError, Result},
     host::{RestoreHost, object_info},
-    sys,
+    locks, paths, sys,
     world::{World, task_name},
 };
 use crate::{
-    image::records::{Actor, Handle, Object, PathRef},
+    image::records::{Actor, FileLock, Handle, LockKind, Object, PathRef},
     plugins::{CallContext, DescriptorKind, PluginError},
 };
-use nix::sys::stat::Mode;
 use stasis_plugin_api::ObjectInfo;
 use std::{
     collections::BTreeMap,
-    ffi::OsStr,
     io,
-    os::{
-        fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::MetadataExt},
-    },
-    path::{Path, PathBuf},
+    os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd},
 };
 
 /// Flags that fcntl(2) can set later.
@@ -96,38 +90,20 @@ impl<'a> TaskDescriptors<'a> {
         let fd = self.open(handle, &path)?;
         if handle.position != 0 {
             let seek = nix::unistd::lseek(&fd, handle.position as i64, nix::unistd::Whence::SeekSet);
-            seek.map_err(|errno| self.failed(format!("set the position of {}", shown(&path)))(errno.into()))?;
+            seek.map_err(|errno| {
+                self.failed(format!("set the position of {}", paths::name(&path).display()))(errno.into())
+            })?;
         }
         self.place(vec![(id, fd)], false)
     }
 
     fn open(&self, handle: &Handle, path: &PathRef) -> Result<OwnedFd> {
         let flags = handle.status_flags as i32 & !CREATING | libc::O_CLOEXEC | libc::O_NOCTTY;
-        let flags = nix::fcntl::OFlag::from_bits_retain(flags);
-        let place = OsStr::from_bytes(&path.path);
-        let fd = nix::fcntl::open(Path::new(place), flags, Mode::empty());
-        let fd = fd.map_err(|errno| {
-            self.failed(format!("open {} for descriptor {}", shown(path), handle.first_fd))(errno.into())
-        })?;
-        let file = std::fs::File::from(fd);
-        let now = file.metadata().map_err(self.failed(format!("look at {}", shown(path))))?;
-        let difference = if (now.mode() ^ path.mode) & libc::S_IFMT != 0 {
-            Some("it is of another type than at the dump".to_owned())
-        } else if path.mode & libc::S_IFMT == libc::S_IFREG && now.len() < path.size {
-            Some(format!("it has {} bytes, but had {} at the dump", now.len(), path.size))
-        } else {
-            None
-        };
-        match difference {
-            None => Ok(file.into()),
-            Some(difference) => Err(RestoreError::File {
-                pid: self.pid,
-                name: self.name.clone(),
-                use_of: format!("descriptor {}", handle.first_fd),
-                path: PathBuf::from(place),
-                difference,
-            }),
-        }
+        self.world.paths().open(path, flags).map_err(self.failed(format!(
+            "open {} for descriptor {}",
+            paths::name(path).display(),
+            handle.first_fd
+        )))
     }
 
     fn create_object(&mut self, id: u32, early: bool) -> Result<()> {
@@ -339,6 +315,11 @@ impl<'a> TaskDescriptors<'a> {
         if handle.status_flags as i32 & libc::O_PATH != 0 {
             return Ok(());
         }
+        handle
+            .locks
+            .iter()
+            .filter(|lock| !locks::is_late(lock))
+            .try_for_each(|lock| self.lock(handle, lock, fd))?;
         let what =
             |what: &str| format!("set {what} of descriptor {} of task {}", handle.first_fd, handle.first_pid);
         if handle.object != 0 && handle.position != 0 {
@@ -357,6 +338,36 @@ impl<'a> TaskDescriptors<'a> {
             sys::fcntl(fd, libc::F_SETFL, wanted.into()).map_err(self.failed(what("the flags")))?;
         }
         Ok(())
+    }
+
+    /// POSIX locks of this task, and leases on what it created.
+    pub fn late_locks(&self, pid: i32) -> Result<()> {
+        let plans = &self.world.plans;
+        for handle in plans.image.handles.values() {
+            for lock in handle.locks.iter().filter(|lock| locks::is_late(lock)) {
+                let number = if lock.kind() == LockKind::Posix {
+                    let numbers = self.numbers.get(&handle.id).filter(|_| lock.pid == pid);
+                    numbers.and_then(|numbers| numbers.first()).map(|(number, _)| *number)
+                } else {
+                    let own = plans.descriptors.creator.get(&handle.id) == Some(&self.node);
+                    self.world.locations.get(handle.id).filter(|_| own)
+                };
+                if let Some(number) = number {
+                    self.lock(handle, lock, number)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self, handle: &Handle, lock: &FileLock, fd: i32) -> Result<()> {
+        let name =
+            handle.path.as_ref().map_or_else(String::new, |path| paths::name(path).display().to_string());
+        locks::take(fd, lock).map_err(self.failed(format!(
+            "take the {} on descriptor {} {name} (another process may have it)",
+            locks::describe(lock),
+            handle.first_fd
+        )))
     }
 
     /// The kernel keeps the ids of the caller for the permission to signal (f_setown in fs/fcntl.c).
@@ -380,20 +391,10 @@ impl<'a> TaskDescriptors<'a> {
         let result = nix::errno::Errno::result(unsafe { libc::fcntl(fd, F_SETOWN_EX, &raw const argument) });
         if differs {
             set(0, 0)?;
+            // Lost with the ids; without it files below /proc/self belong to a stranger.
+            sys::prctl(libc::PR_SET_DUMPABLE, 1)?;
         }
         result?;
         Ok(())
     }
-}
-
-fn shown(path: &PathRef) -> String {
-    Path::new(OsStr::from_bytes(&path.path)).display().to_string()
-}
-
-/// Opens a path of the image, at a number of our own.
-pub fn open_path(path: &PathRef, flags: i32, above: i32) -> io::Result<OwnedFd> {
-    let flags = nix::fcntl::OFlag::from_bits_retain(flags | libc::O_CLOEXEC);
-    let fd = nix::fcntl::open(Path::new(OsStr::from_bytes(&path.path)), flags, Mode::empty())?;
-    let moved = sys::duplicate_above(fd.as_raw_fd(), above)?;
-    Ok(moved)
 }

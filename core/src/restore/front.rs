@@ -137,7 +137,7 @@ pub fn restore(options: &RestoreOptions) -> Result<RestoreReport> {
 fn attempt(options: &RestoreOptions, watch: &'static HookWatch) -> Result<Attempt> {
     let shared = Shared::new().map_err(RestoreError::system("map shared memory"))?;
     // First, so that it inherits none of the channels below, whose ends tell that the command is gone.
-    let guardian = Guardian::spawn()?;
+    let guardian = Guardian::spawn_holding(Some(shared.names()))?;
     let guardian_pid = guardian.pid();
     let system = |operation: &'static str| move |errno: Errno| RestoreError::system(operation)(errno.into());
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)

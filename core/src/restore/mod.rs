@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 1 processes of our own; the root task is forked on request | [`front`] | the first one |
 //! | 2 image, plugins, plans; whatever can be known to fail | [`command`], [`check`], [`pids`], [`tree_plan`], [`descriptor_plan`] | the command |
-//! | 3 namespaces | [`root`] | the root task |
+//! | 3 namespaces, files without names | [`root`], [`ghosts`] | the root task |
 //! | 4 process tree, sessions, groups, zombies | [`node`] | every task |
 //! | 5 descriptors: create, pull, link, settle | [`descriptors`], [`host`] | every task |
 //! | 6 memory | [`memory`] | every task |
@@ -19,10 +19,13 @@ mod descriptors;
 mod error;
 mod final_state;
 mod front;
+mod ghosts;
 mod host;
+mod locks;
 pub mod memory;
 mod node;
 mod options;
+pub mod paths;
 mod pids;
 mod root;
 mod shared;

@@ -3,16 +3,18 @@
 
 use super::{
     blob::{RestorerCall, RestorerOptions},
-    descriptors::{TaskDescriptors, open_path},
+    descriptors::TaskDescriptors,
     error::{RestoreError, Result},
+    ghosts::Ghosts,
     host::RestoreHost,
-    memory::{MappedFiles, TaskMemory},
+    locks,
+    memory::TaskMemory,
     root, sys,
     tree_plan::{NodeKind, Step},
     world::{World, memory_pid, task_name},
 };
 use crate::{
-    image::records::{Task, Vma},
+    image::records::{PathRef, Task, Vma},
     plugins::CallContext,
 };
 use nix::{
@@ -23,7 +25,7 @@ use nix::{
     unistd::{Pid, getpgid, getpid, getppid, getsid},
 };
 use stasis_plugin_api::{TaskInfo, VmaInfo};
-use std::{convert::Infallible, io, ops::Range, sync::atomic::Ordering};
+use std::{convert::Infallible, io, ops::Range, os::fd::AsRawFd, sync::atomic::Ordering};
 
 /// A process of the plan.
 pub struct Life<'a> {
@@ -46,11 +48,12 @@ impl<'a> Life<'a> {
         self.form_groups()?;
         self.descriptors(&mut descriptors)?;
         let Some(task) = world.plans.task(self.node) else { leave(0) };
-        memory.fill(&world.pages, &mut MappedFiles)?;
+        memory.fill(&world.pages, &mut world.paths())?;
         self.plugin_mappings(&memory)?;
         self.task_hooks(task)?;
         self.proc_settings(task)?;
         let exe = self.paths(task)?;
+        self.locks(task, &descriptors)?;
         self.check_place(task)?;
         self.enter_restorer(task, memory, exe)
     }
@@ -69,7 +72,7 @@ impl<'a> Life<'a> {
     ) -> Result<TaskMemory<'a>> {
         let world = self.world;
         let mut memory = memory;
-        memory.before_forks(&world.pages, &mut MappedFiles)?;
+        memory.before_forks(&world.pages, &mut world.paths())?;
         for step in &world.plans.tree.nodes[self.node].steps {
             match *step {
                 Step::Adopt => {
@@ -311,22 +314,34 @@ impl<'a> Life<'a> {
             operation: format!("{what} {}", String::from_utf8_lossy(path)),
             source: error,
         };
-        let above = self.world.plans.descriptors.service.first;
-        let exe = task.exe.clone().unwrap_or_default();
-        let exe = open_path(&exe, libc::O_RDONLY, above)
-            .map_err(|error| failed("open its executable", &exe.path, error))?;
+        let open = |path: &PathRef, flags: i32, what: &str| {
+            let opened = self.world.paths().open(path, flags);
+            let moved = opened.and_then(|fd| {
+                sys::duplicate_above(fd.as_raw_fd(), self.world.plans.descriptors.service.first)
+            });
+            moved.map_err(|error| failed(what, &path.path, error))
+        };
+        let exe = open(&task.exe.clone().unwrap_or_default(), libc::O_RDONLY, "open its executable")?;
         let cwd = task.cwd.clone().unwrap_or_default();
         let directory = libc::O_PATH | libc::O_DIRECTORY;
-        let cwd_fd = open_path(&cwd, directory, above)
-            .map_err(|error| failed("open its working directory", &cwd.path, error))?;
+        let cwd_fd = open(&cwd, directory, "open its working directory")?;
         if let Some(root) = task.root.as_ref().filter(|root| root.path != b"/" && !root.path.is_empty()) {
-            let path = std::path::Path::new(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(
-                &root.path,
-            ));
-            nix::unistd::chroot(path).map_err(|errno| failed("chroot to", &root.path, errno.into()))?;
+            let fd = open(root, directory, "open its root directory")?;
+            let change = nix::unistd::fchdir(&fd).and_then(|()| nix::unistd::chroot("."));
+            change.map_err(|errno| failed("chroot to", &root.path, errno.into()))?;
         }
         nix::unistd::fchdir(&cwd_fd).map_err(|errno| failed("change to", &cwd.path, errno.into()))?;
         Ok(std::os::fd::IntoRawFd::into_raw_fd(exe))
+    }
+
+    /// POSIX locks and leases, when no task opens or closes a file any more.
+    fn locks(&self, task: &Task, descriptors: &TaskDescriptors<'_>) -> Result<()> {
+        let plans = &self.world.plans;
+        if !plans.image.handles.values().any(|handle| handle.locks.iter().any(locks::is_late)) {
+            return Ok(());
+        }
+        self.barrier(plans.tree.live_tasks())?;
+        descriptors.late_locks(task.pid)
     }
 
     /// Whether the task is where it was.
@@ -366,6 +381,7 @@ impl<'a> Life<'a> {
             });
         };
         let mut close = self.world.own.clone();
+        close.extend(self.world.ghosts.get().into_iter().flat_map(Ghosts::descriptors));
         close.push(exe);
         let options = RestorerOptions { exe, close, status: &raw const slot.status };
         let call = RestorerCall::new(&memory.finish(), task, &options)?;

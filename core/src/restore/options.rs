@@ -29,6 +29,8 @@ pub struct RestoreOptions {
     pub timeout: Option<Duration>,
     /// `--plugin-timeout`: for one hook.
     pub plugin_timeout: Option<Duration>,
+    /// `--no-file-check`: files may have another mode, size or build id than at the dump.
+    pub no_file_check: bool,
     /// Threads that verify the pages; 0: as many as there are processors.
     pub threads: usize,
 }

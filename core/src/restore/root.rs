@@ -3,7 +3,9 @@
 
 use super::{
     RestoreOptions,
+    check::{self, has_mounts},
     error::{RestoreError, Result},
+    ghosts::Ghosts,
     host::RestoreHost,
     memory::TaskMemory,
     node::{Life, leave},
@@ -86,6 +88,11 @@ fn prepare(setup: RootSetup<'_>) -> Result<&'static World> {
     wait_for_permission(permission)?;
     become_root_inside(&world.plans)?;
     namespaces(world, |context, kind, record| context.enter_namespace(kind, record))?;
+    if has_mounts(&world.plans) {
+        check::files(&world.plans)?;
+    }
+    // There is only one cell and only this task to fill it.
+    let _ = world.ghosts.set(Ghosts::make(world)?);
     Ok(world)
 }
 

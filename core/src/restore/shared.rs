@@ -18,6 +18,8 @@ struct Area {
     arrived: AtomicU32,
     /// 0, 1: being written, 2: complete.
     failed: AtomicU32,
+    /// Files have names for the moment that nobody but the root task knows: it must not be killed.
+    names: AtomicU32,
     length: AtomicU32,
     text: [u8; TEXT],
     slots: [Slot; SLOTS],
@@ -89,6 +91,13 @@ impl Shared {
             sys::futex_wait(&area.stage, stage, Duration::from_secs(1));
         }
         self.check()
+    }
+
+    /// Not 0 while the root task must not be killed, since it will take away names of files in a moment.
+    pub fn names(&self) -> &'static AtomicU32 {
+        // SAFETY: as in `area`; the mapping is never unmapped, so it lives as long as the process.
+        let area: &'static Area = unsafe { &*self.area.as_ptr() };
+        &area.names
     }
 
     /// What node `number` of the tree plan tells.

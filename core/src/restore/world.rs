@@ -5,7 +5,9 @@ use super::{
     RestoreOptions,
     descriptor_plan::{DescriptorPlan, FIXED},
     error::{RestoreError, Result},
+    ghosts::{self, Ghosts},
     memory::{MemoryPlan, PageFiles, Parent, Records},
+    paths::Paths,
     shared::Shared,
     sys,
     tree_plan::{NodeKind, TreePlan, TreeTask},
@@ -19,7 +21,7 @@ use crate::{
 };
 use stasis_plugin_api::Holder;
 use std::{
-    cell::RefCell,
+    cell::{OnceCell, RefCell},
     collections::BTreeMap,
     fs::File,
     os::fd::AsRawFd,
@@ -42,6 +44,8 @@ pub struct Plans {
     pub external: Vec<String>,
     /// Numbers of the descriptors that he gave with `--inherit-fd`, by key.
     pub inherited: BTreeMap<String, i32>,
+    /// Whether files must have the mode, size and build id that they had.
+    pub file_check: bool,
 }
 
 impl Plans {
@@ -75,7 +79,8 @@ impl Plans {
             }
         }
         let external = options.external.clone();
-        Ok(Self { image, registry, tree, descriptors, holders, external, inherited })
+        let file_check = !options.no_file_check;
+        Ok(Self { image, registry, tree, descriptors, holders, external, inherited, file_check })
     }
 
     /// The task of a node, if it is one that runs on.
@@ -107,6 +112,8 @@ pub struct World {
     pub memory: MemoryPlan,
     /// Page files, open and mapped.
     pub pages: PageFiles,
+    /// Files without their names; empty until the root task has made them.
+    pub ghosts: OnceCell<Ghosts>,
     /// Blobs of plugins.
     pub blobs: RefCell<BlobStore<'static>>,
     /// Stage, failure, slots.
@@ -146,6 +153,11 @@ impl Inherited {
 }
 
 impl World {
+    /// How paths of the image are opened.
+    pub fn paths(&self) -> Paths<'_> {
+        Paths { ghosts: self.ghosts.get() }
+    }
+
     /// In the root task: opens what is needed, at numbers that no table of the image uses.
     pub fn new(plans: Plans, shared: Shared, watch: &'static HookWatch) -> Result<Self> {
         let image = plans.image;
@@ -168,12 +180,13 @@ impl World {
             let old = file.try_clone().map_err(RestoreError::system("duplicate a descriptor"))?;
             *file = move_up(old)?;
         }
-        let parking = first + FIXED + last as i32 + plans.inherited.len() as i32;
+        let parking = first + FIXED + last as i32 + plans.inherited.len() as i32 + ghosts::count(image);
         let memory = memory_plan(&plans)?;
         let locations = Locations::new(image)?;
         let blobs = RefCell::new(blobs);
         let inherited = Inherited::read()?;
-        Ok(Self { plans, memory, pages, blobs, shared, watch, locations, own, parking, inherited })
+        let ghosts = OnceCell::new();
+        Ok(Self { plans, memory, pages, ghosts, blobs, shared, watch, locations, own, parking, inherited })
     }
 }
 

@@ -4,7 +4,7 @@
 mod scheduling;
 
 use crate::{
-    files::path_ref,
+    files::{Names, Refusal},
     image::records::{self, Credentials, Limit, MemoryMap, PathRef, Restart, SignalAction, Thread},
     proc::{
         ProcDir, ProcError,
@@ -101,11 +101,45 @@ pub struct ProcessContext {
     pub threads: Vec<ThreadContext>,
 }
 
+/// The files that a process has by its very nature.
+#[derive(Debug, Clone, Default)]
+pub struct TaskPaths {
+    /// Executable.
+    pub exe: PathRef,
+    /// Working directory.
+    pub cwd: PathRef,
+    /// Root directory.
+    pub root: PathRef,
+}
+
+impl TaskPaths {
+    /// Reads them; what cannot be found again is passed to `refuse` with what it is.
+    pub fn read(
+        proc: &ProcDir,
+        names: &mut Names,
+        mut refuse: impl FnMut(&'static str, Vec<u8>, Refusal),
+    ) -> Result<Self, ProcError> {
+        let mut read = |file: &'static str, what| -> Result<PathRef, ProcError> {
+            let (link, stat) = (proc.link(file)?, proc.stat(file)?);
+            Ok(names.refer(proc, file, &link, &stat).unwrap_or_else(|refusal| {
+                refuse(what, link, refusal);
+                PathRef::default()
+            }))
+        };
+        Ok(Self {
+            exe: read("exe", "executable")?,
+            cwd: read("cwd", "working directory")?,
+            root: read("root", "root directory")?,
+        })
+    }
+}
+
 /// The record of a process that is not dead. `id` numbers its memory map and descriptor table.
 pub fn describe(
     process: &Process,
     context: &ProcessContext,
     namespaces: &NamespaceMap,
+    paths: &TaskPaths,
     id: u32,
 ) -> Result<records::Task, TaskError> {
     refuse_unsupported(process)?;
@@ -140,9 +174,9 @@ pub fn describe(
         exit_signal: process.stat.get(StatField::ExitSignal)? as i32,
         mm: id,
         files: id,
-        exe: Some(link(proc, "exe")?),
-        cwd: Some(link(proc, "cwd")?),
-        root: Some(link(proc, "root")?),
+        exe: Some(paths.exe.clone()),
+        cwd: Some(paths.cwd.clone()),
+        root: Some(paths.root.clone()),
         umask: status.octal("Umask")?,
         personality: personality(proc)?,
         credentials: Some(credentials),
@@ -297,14 +331,6 @@ pub fn memory_map(process: &Process, brk: u64, id: u32) -> Result<MemoryMap, Tas
         env_end: get(StatField::EnvEnd)?,
         auxv: process.proc.read("auxv")?,
     })
-}
-
-fn link(proc: &ProcDir, file: &str) -> Result<PathRef, ProcError> {
-    let stat = proc.stat(file)?;
-    let path = proc.link(file)?;
-    let path =
-        if stat.st_nlink == 0 { path.strip_suffix(b" (deleted)").unwrap_or(&path).to_vec() } else { path };
-    Ok(path_ref(path, &stat))
 }
 
 fn number(proc: &ProcDir, file: &'static str) -> Result<i64, ProcError> {

@@ -107,11 +107,16 @@ impl IdTranslation {
     /// The id inside; an unmapped one is the overflow id, as the process itself would see it.
     pub fn inside(&self, id: u32) -> u32 {
         const OVERFLOW: u32 = 65534;
+        self.inside_if_mapped(id).unwrap_or(OVERFLOW)
+    }
+
+    /// The id inside, if it has one.
+    pub fn inside_if_mapped(&self, id: u32) -> Option<u32> {
         if self.ranges.is_empty() {
-            return id;
+            return Some(id);
         }
         let hit = self.ranges.iter().find(|&&(_, outside, count)| id >= outside && id - outside < count);
-        hit.map_or(OVERFLOW, |&(inside, outside, _)| inside + (id - outside))
+        hit.map(|&(inside, outside, _)| inside + (id - outside))
     }
 }
 

@@ -3,7 +3,10 @@
 use super::image::{Builder, CODE, EXPECTED, PAGE};
 use stasis::restore::blob::proto::{ARRIVED, Status};
 use stasis::restore::blob::{RestorerCall, RestorerFailure, RestorerOptions};
-use stasis::restore::memory::{MappedFiles, MemoryPlan, PageFiles, Parent, Records, TaskMemory};
+use stasis::restore::{
+    memory::{MemoryPlan, PageFiles, Parent, Records, TaskMemory},
+    paths::Paths,
+};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
@@ -95,7 +98,7 @@ fn live(world: &World<'_>, mut memory: TaskMemory<'_>, index: usize) -> io::Resu
         }
     };
     time(0);
-    memory.before_forks(world.pages, &mut MappedFiles).map_err(io::Error::other)?;
+    memory.before_forks(world.pages, &mut Paths::default()).map_err(io::Error::other)?;
     for (child, (child_pid, parent)) in world.image.tree.iter().enumerate() {
         if *parent == Some(pid) {
             match clone_with(*child_pid) {
@@ -107,7 +110,7 @@ fn live(world: &World<'_>, mut memory: TaskMemory<'_>, index: usize) -> io::Resu
     }
     memory.after_forks().map_err(io::Error::other)?;
     time(1);
-    memory.fill(world.pages, &mut MappedFiles).map_err(io::Error::other)?;
+    memory.fill(world.pages, &mut Paths::default()).map_err(io::Error::other)?;
     time(2);
     // SAFETY: shared memory of this test.
     let status = unsafe { &raw const (*world.shared).status[index] };

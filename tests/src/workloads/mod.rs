@@ -20,12 +20,14 @@ pub struct Workload {
     pub anywhere: bool,
     /// Only for the fault tests.
     pub apart: bool,
+    /// Flags that a dump of it needs.
+    pub flags: &'static [&'static str],
     run: fn(&Ctl) -> Outcome,
 }
 
-/// Declares the modules and the table of workloads: `name: "about" [, heavy] [, unsteady] [, host]`.
+/// Declares the modules and the table of workloads: `name: "about" [, heavy] [, unsteady] [, host] [, flags("--x")]`.
 macro_rules! workloads {
-    ($($name:ident: $about:literal $(, $mark:ident)*;)*) => {
+    ($($name:ident: $about:literal $(, $mark:ident $(($($flag:literal),*))?)*;)*) => {
         $(pub mod $name;)*
 
         /// Every workload.
@@ -38,15 +40,17 @@ macro_rules! workloads {
                 steady: true,
                 anywhere: true,
                 apart: false,
+                flags: &[],
                 run: $name::run,
             };
-            $(workloads!(@mark workload $mark);)*
+            $(workloads!(@mark workload $mark $(($($flag),*))?);)*
             workload
         }),*];
     };
     (@mark $workload:ident heavy) => { $workload.heavy = true };
     (@mark $workload:ident unsteady) => { $workload.steady = false };
     (@mark $workload:ident apart) => { $workload.apart = true };
+    (@mark $workload:ident flags ($($flag:literal),*)) => { $workload.flags = &[$($flag),*] };
     (@mark $workload:ident host) => { $workload.anywhere = false };
 }
 
@@ -92,6 +96,19 @@ workloads! {
     files_flags: "open flags of regular files";
     files_dirs: "open directories, read half";
     files_numbers: "descriptors at scattered numbers, some close-on-exec";
+    ghost_files: "files opened and unlinked: several descriptors, holes, owners, modes, attributes, times";
+    ghost_nameless: "O_TMPFILE files, one of which is given a name afterwards";
+    ghost_mapped: "unlinked files mapped private and shared, and open at once, in two tasks";
+    ghost_exe: "a program whose executable was unlinked";
+    ghost_dirs: "removed directories: open, as working directory, with files in them";
+    ghost_root: "a root directory that was removed", host;
+    ghost_replaced: "unlinked files whose names are in use again";
+    ghost_linked: "files unlinked under one name that have others", flags("--link-remap");
+    files_named: "O_PATH: files, symbolic links, sockets, fifos and devices";
+    files_owner: "owners of files who are other users";
+    files_proc: "files below /proc: of the task, of others, of dead ones";
+    locks_all: "POSIX locks, locks of descriptions, flock", flags("--file-locks");
+    locks_leases: "leases", flags("--file-locks");
     pipe_data: "pipes with data read half";
     pipe_ends: "pipes with closed ends and ends in many tasks";
     pipe_full: "a full pipe and its size";

@@ -2,6 +2,7 @@
 
 mod common;
 mod dumping;
+mod files;
 mod images;
 mod plugins;
 mod sweep;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
     }
     let mut tests = Vec::new();
     tests.extend(dumping::tests());
+    tests.extend(files::tests());
     tests.extend(images::tests());
     tests.extend(plugins::tests());
     tests.extend(sweep::tests());

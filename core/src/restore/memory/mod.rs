@@ -15,7 +15,7 @@ pub mod task;
 pub use fill::PageFiles;
 pub use moves::RestorerMoves;
 pub use plan::{MemoryPlan, Parent, Records};
-pub use task::{MappedFiles, OpenMapped, TaskMemory};
+pub use task::{OpenMapped, TaskMemory};
 
 use std::{io, ops::Range, path::PathBuf};
 use thiserror::Error;
@@ -67,14 +67,6 @@ pub enum MemoryError {
         path: PathBuf,
         /// Why.
         source: io::Error,
-    },
-    /// A mapped file is not what it was.
-    #[error("the mapped file {} is not as it was at the dump: {difference}", path.display())]
-    Changed {
-        /// The file.
-        path: PathBuf,
-        /// What differs.
-        difference: &'static str,
     },
     /// A system call on memory fails.
     #[error("{operation} {:#x}-{:#x} of task {pid}: {source}", range.start, range.end)]

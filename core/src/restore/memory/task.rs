@@ -9,43 +9,14 @@ use super::region::{Backing, Region};
 use super::{MemoryError, PAGE};
 use crate::image::records::{MappedFile, Vma};
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
 
 /// Opens files that are mapped.
 pub trait OpenMapped {
     /// Opens `file`, for writing too when `write`.
     fn open(&mut self, file: &MappedFile, write: bool) -> Result<File, MemoryError>;
-}
-
-/// Opens mapped files by their paths and checks that they are what they were.
-#[derive(Debug, Default)]
-pub struct MappedFiles;
-
-impl OpenMapped for MappedFiles {
-    fn open(&mut self, file: &MappedFile, write: bool) -> Result<File, MemoryError> {
-        let record = file.path.clone().unwrap_or_default();
-        let path = Path::new(std::ffi::OsStr::from_bytes(&record.path)).to_path_buf();
-        let changed = |difference| MemoryError::Changed { path: path.clone(), difference };
-        if record.deleted {
-            return Err(changed("it was deleted"));
-        }
-        let failed = |source| MemoryError::Open { path: path.clone(), source };
-        let opened = OpenOptions::new().read(true).write(write).open(&path).map_err(failed)?;
-        let now = opened.metadata().map_err(failed)?;
-        if record.mode != 0 && (now.mode() ^ record.mode) & libc::S_IFMT != 0 {
-            return Err(changed("it is of another type"));
-        }
-        let device = now.file_type().is_char_device() || now.file_type().is_block_device();
-        if !device && now.len() < record.size {
-            return Err(changed("it is shorter"));
-        }
-        Ok(opened)
-    }
 }
 
 /// Files that one phase has opened: a library has several mappings.
