@@ -385,14 +385,29 @@ pub fn group_stop(tracee: &mut Tracee, signal: i32, waiter: &mut Waiter) -> Resu
     // at its delivery.
     let but_for_it = !(1 << (signal - 1));
     stopped.set_signal_mask(but_for_it)?;
-    // SAFETY: takes numbers only.
-    unsafe { libc::kill(stopped.id().pid, libc::SIGSTOP) };
+    let pid = stopped.id().pid;
+    // SAFETY: takes numbers only. The process is our tracee, so the number is its own.
+    let send_stop = || unsafe { libc::kill(pid, libc::SIGSTOP) };
+    send_stop();
     tracee.resume(|stopped| stopped.cont(0));
+    let (mut signal, mut delivered) = (signal, false);
     loop {
         wait_stopped(tracee, waiter)?;
-        match tracee.stopped()?.stop() {
+        let stopped = tracee.stopped()?;
+        match stopped.stop() {
             Stop::Group(_) => break,
-            Stop::Signal(libc::SIGSTOP) => tracee.resume(|stopped| stopped.cont(signal)),
+            Stop::Signal(libc::SIGSTOP) => {
+                // If the kernel throws the signal away, this stops the thread before it runs an instruction.
+                stopped.interrupt();
+                delivered = true;
+                tracee.resume(|stopped| stopped.cont(signal));
+            }
+            // In an orphaned process group only SIGSTOP stops (kernel/signal.c, get_signal).
+            Stop::Interrupted if delivered && signal != libc::SIGSTOP => {
+                signal = libc::SIGSTOP;
+                send_stop();
+                tracee.resume(|stopped| stopped.cont(0));
+            }
             _ => tracee.resume(|stopped| stopped.cont(0)),
         }
     }
