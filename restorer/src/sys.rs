@@ -28,6 +28,7 @@ pub mod nr {
     pub const MREMAP: u64 = 25;
     pub const MINCORE: u64 = 27;
     pub const MADVISE: u64 = 28;
+    pub const NANOSLEEP: u64 = 35;
     pub const SETITIMER: u64 = 38;
     pub const UMASK: u64 = 95;
     pub const GETGROUPS: u64 = 115;

@@ -42,6 +42,10 @@ struct CloneArguments {
     cgroup: u64,
 }
 
+/// How often a number that is taken is tried, a millisecond apart.
+const TRIES: u32 = 500;
+const EEXIST: i64 = -17;
+
 /// Makes the thread `index` of the table (clone3(2) with `set_tid`).
 pub fn make(arguments: &'static Arguments, index: usize) -> Outcome {
     let threads = arguments.threads.entries();
@@ -54,8 +58,20 @@ pub fn make(arguments: &'static Arguments, index: usize) -> Outcome {
         set_tid_size: 1,
         ..CloneArguments::default()
     };
-    // SAFETY: the new thread runs `run` on a stack of its own, and never returns from there.
-    let result = unsafe { clone3(&clone, size_of::<CloneArguments>(), arguments, thread) };
+    let mut result;
+    let mut tries = 0;
+    loop {
+        // SAFETY: the new thread runs `run` on a stack of its own, and never returns from there.
+        result = unsafe { clone3(&clone, size_of::<CloneArguments>(), arguments, thread) };
+        // The kernel frees a number a moment after its last task is out of sight (release_task, kernel/exit.c).
+        if result != EEXIST || tries == TRIES {
+            break;
+        }
+        tries += 1;
+        let millisecond = [0u64, 1_000_000];
+        // SAFETY: nanosleep(2) reads two words, and writes nothing to a null pointer.
+        unsafe { call(nr::NANOSLEEP, [&raw const millisecond as u64, 0]) };
+    }
     if result < 0 {
         return Err(Failure {
             step: Step::Clone,

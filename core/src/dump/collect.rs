@@ -242,7 +242,7 @@ impl FrozenTree {
     }
 
     /// Finds the pages to keep.
-    pub fn pages(&self, context: &Context<'_>) -> Result<Pages, DumpError> {
+    pub fn pages(&self, context: &Context<'_>, may_snapshot: bool) -> Result<Pages, DumpError> {
         let inventory = context.inventory.borrow();
         let memory: Vec<(&Process, u32, &[records::Vma])> = inventory
             .tree
@@ -250,7 +250,8 @@ impl FrozenTree {
             .zip(&self.memory)
             .map(|(process, memory)| (process, self.number(process.host_pid), memory.vmas.as_slice()))
             .collect();
-        Pages::find(&memory, &self.objects.segments, &context.writer, context.options)
+        let outside_only = context.options.outside_only;
+        Pages::find(&memory, &self.objects.segments, &context.writer, outside_only, may_snapshot)
     }
 }
 

@@ -152,6 +152,23 @@ fn dump(
     Ok(report)
 }
 
+/// Forks a copy-on-write child in each of these processes; none if one of them may not fork (limits, pids.max, overcommit).
+fn take_snapshots(context: &Context<'_>, pids: &[i32]) -> Result<Vec<(i32, i32)>, DumpError> {
+    if pids.is_empty() {
+        return Ok(Vec::new());
+    }
+    match context.guardian.borrow_mut().snapshot(pids) {
+        Ok(snapshots) => Ok(snapshots),
+        Err(error) if error.is_refused_call() => {
+            let message =
+                format!("no copy-on-write snapshot, the tree stays frozen while it is copied: {error}");
+            context.warnings.borrow_mut().push(message);
+            Ok(Vec::new())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// What makes the image and what becomes of the tree. An error leaves the tree stopped; the caller puts it back.
 fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError> {
     let options = context.options;
@@ -169,26 +186,27 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     resources::tables(context, |pid| frozen_tree.number(pid), |uid| frozen_tree.uid_inside(uid))?;
     resources::tasks(context)?;
     context.check_interrupted()?;
-    let mut pages = frozen_tree.pages(context)?;
-    report.page_bytes = pages.bytes();
+    let may_snapshot = options.afterwards == Afterwards::Run && options.copy_on_write;
+    let mut pages = frozen_tree.pages(context, may_snapshot)?;
     report.tasks = context.inventory.borrow().tree.processes.len();
     report.threads =
         context.inventory.borrow().tree.processes.iter().map(|process| process.threads.len()).sum();
 
-    let snapshot =
-        options.afterwards == Afterwards::Run && options.copy_on_write && !pages.snapshots().is_empty();
+    let later = pages.snapshots().to_vec();
+    pages.copy_frozen(&context.guardian, &later)?;
+    let snapshots = take_snapshots(context, &later)?;
+    let snapshot = !snapshots.is_empty();
     if snapshot {
-        let later = pages.snapshots().to_vec();
-        pages.copy_frozen(&context.guardian, &later)?;
-        let snapshots = context.guardian.borrow_mut().snapshot(&later)?;
         context.lifecycle(Event::BeforeResume)?;
         context.guardian.borrow_mut().resume_originals()?;
         report.frozen = frozen.elapsed();
-        pages.copy_snapshots(&context.guardian, &snapshots)?;
+        pages.copy_snapshots(&context.guardian, &context.writer, &snapshots)?;
         context.guardian.borrow_mut().reap_snapshots()?;
-    } else {
-        pages.copy_frozen(&context.guardian, &[])?;
+    } else if !later.is_empty() {
+        pages.without_snapshots(&context.writer)?;
+        pages.copy_rest(&context.guardian, &later)?;
     }
+    report.page_bytes = pages.bytes();
     context.check_interrupted()?;
     let shards = if options.afterwards == Afterwards::Run && !snapshot {
         // Checksums of pages need no frozen tree.

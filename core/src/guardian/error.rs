@@ -149,4 +149,9 @@ impl GuardianError {
     pub fn channel(operation: &'static str, errno: Errno) -> Self {
         Self::Channel { operation: Cow::Borrowed(operation), errno: errno as i32 }
     }
+
+    /// Whether the kernel refused a system call that a task was made to make; the task itself is as it was.
+    pub fn is_refused_call(&self) -> bool {
+        matches!(self, Self::Inject(InjectError::Syscall { .. }))
+    }
 }

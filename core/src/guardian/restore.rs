@@ -207,9 +207,11 @@ impl Nursery {
 
     /// Lets all go, at once.
     pub fn release(&mut self, waiter: &mut Waiter) -> Result<(), GuardianError> {
+        let mut stopped = Vec::new();
         for (tid, signal) in std::mem::take(&mut self.group_stops) {
             if let Some(task) = self.tasks.get_mut(&tid) {
                 group_stop(&mut task.tracee, signal, waiter)?;
+                stopped.push(task.tracee.id().pid);
             }
         }
         let mut left = Vec::new();
@@ -231,6 +233,7 @@ impl Nursery {
             }
         }
         super::undo::see_off(left.into_iter().map(Tracee::Running).collect(), waiter);
+        super::undo::see_stopped(&stopped, waiter);
         Ok(())
     }
 

@@ -142,9 +142,24 @@ pub fn see_off(mut killed: Vec<Tracee>, waiter: &mut Waiter) {
 }
 
 fn detach(tree: &mut Tree, waiter: &mut Waiter) {
+    let mut stopped = Vec::new();
     for (&pid, process) in &mut tree.processes {
         let stuck = detach_process(pid, process, waiter);
         tree.stragglers.extend(stuck);
+        stopped.extend(process.group_stop.map(|_| pid));
+    }
+    see_stopped(&stopped, waiter);
+}
+
+/// A thread of a stopped group is awake for a moment when it is let go, and stops by itself: waits until that is seen.
+pub fn see_stopped(pids: &[i32], waiter: &mut Waiter) {
+    // Not longer: somebody may have continued it.
+    let deadline = Instant::now() + Duration::from_millis(200);
+    let awake = |pid: i32| who::Stat::read(pid).is_some_and(|stat| matches!(stat.state, b'R' | b'S' | b'D'));
+    for &pid in pids {
+        while awake(pid) && Instant::now() < deadline {
+            waiter.wait(Instant::now() + Duration::from_micros(100));
+        }
     }
 }
 

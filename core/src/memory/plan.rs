@@ -88,11 +88,12 @@ enum Piece {
     Other { address: u64, pages: u64, huge: bool, owner: Place },
 }
 
-/// Plans the copying of `contents`, with up to `threads` copiers.
-pub fn plan(contents: &[Contents], threads: u32) -> PagePlan {
+/// Plans the copying of `contents`, with up to `threads` copiers, behind what is in the page files already: `shards` bytes.
+pub fn plan(contents: &[Contents], threads: u32, mut shards: Vec<u64>) -> PagePlan {
     let pieces = resolve_sharing(contents);
     let lanes = Lanes::choose(contents, &pieces, threads);
-    let mut plan = PagePlan { shards: vec![0; lanes.count as usize], ..PagePlan::default() };
+    shards.resize(shards.len().max(lanes.count as usize), 0);
+    let mut plan = PagePlan { shards, ..PagePlan::default() };
     let mut offsets: Vec<Vec<(u64, u64, u32, u64)>> = Vec::with_capacity(contents.len());
     let mut state = lanes;
     for (index, pieces) in pieces.iter().enumerate() {
@@ -384,7 +385,7 @@ mod tests {
         let mut theirs = candidates(0x10000, 1..9);
         theirs.remove(2);
         let child = Contents { regions: vec![region(0x10000, 8)], candidates: theirs, inside: false };
-        let plan = plan(&[parent, child], 2);
+        let plan = plan(&[parent, child], 2, vec![]);
         assert_eq!(plan.shards.iter().sum::<u64>(), 9 * PAGE);
         let (parent, child) = (pages(&plan.extents[0]), pages(&plan.extents[1]));
         assert_eq!((parent.len(), child.len()), (8, 8));
@@ -404,7 +405,7 @@ mod tests {
                         inside,
                     })
                     .collect();
-                let plan = plan(&contents, threads);
+                let plan = plan(&contents, threads, vec![]);
                 let mut places: Vec<_> =
                     plan.extents.iter().flat_map(|e| pages(e)).map(|p| (p.1, p.2)).collect();
                 places.sort_unstable();
@@ -422,6 +423,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_second_batch_goes_behind_the_first() {
+        let of = |start, inside| Contents { regions: vec![region(start, 5000)], candidates: vec![], inside };
+        let first = plan(&[of(0x100000, false)], 2, vec![]);
+        let second = plan(&[of(0x9000000, true)], 2, first.shards.clone());
+        let mut places: Vec<_> = [&first, &second].iter().flat_map(|plan| pages(&plan.extents[0])).collect();
+        assert_eq!(places.len(), 10_000);
+        places.sort_unstable_by_key(|page| (page.1, page.2));
+        places.dedup_by_key(|page| (page.1, page.2));
+        assert_eq!(places.len(), 10_000);
+        assert_eq!(second.shards.iter().sum::<u64>(), 10_000 * PAGE);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
 };
 
 /// How long a zombie may take to be reaped: an init may be slow.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// All numbers that restored processes, threads and helpers will have.
 pub fn of_image(plans: &Plans) -> BTreeSet<i32> {
@@ -63,7 +63,7 @@ pub fn crowded(plans: &Plans, own: &[i32]) -> bool {
 }
 
 /// Whether a process, thread or process group has this number.
-fn taken(pid: i32) -> bool {
+pub fn taken(pid: i32) -> bool {
     [pid, -pid].into_iter().any(|target| {
         // SAFETY: signal 0 only asks.
         let result = unsafe { libc::kill(target, 0) };
@@ -91,8 +91,27 @@ pub fn holder(pid: i32) -> String {
             format!("it is a thread of process {tgid} ({name})")
         }
         (Some(name), ..) => format!("by process {name}"),
-        _ => "it is the number of a process group or session".into(),
+        _ => match member(pid) {
+            Some((member, name)) => {
+                format!("it is the process group or session of process {member} ({name})")
+            }
+            None => "it is the number of a process group or session".into(),
+        },
     }
+}
+
+/// A process that is in group or session `number`, and its name.
+fn member(number: i32) -> Option<(i32, String)> {
+    let entries = std::fs::read_dir("/proc").ok()?.flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_member = |pid: &i32| {
+        // SAFETY: both calls take a number and only answer.
+        let (group, session) = unsafe { (libc::getpgid(*pid), libc::getsid(*pid)) };
+        group == number || session == number
+    };
+    let pid = pids.into_iter().find(is_member)?;
+    let state = if is_zombie(pid) { "zombie " } else { "" };
+    Some((pid, format!("{state}{}", field(pid, "Name").unwrap_or_default())))
 }
 
 #[cfg(test)]
@@ -112,5 +131,8 @@ mod tests {
         assert!(holder(pid).contains("zombie true"), "{}", holder(pid));
         child.wait().unwrap();
         assert!(!taken(pid));
+        // SAFETY: takes no pointers.
+        let group = unsafe { libc::getpgid(0) };
+        assert!(member(group).is_some());
     }
 }

@@ -1,11 +1,12 @@
 //! System calls that no crate of ours wraps.
 
+use super::pids;
 use nix::errno::Errno;
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     sync::atomic::AtomicU32,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// `struct clone_args` of `linux/sched.h`, up to `set_tid_size` and `cgroup`.
@@ -36,9 +37,18 @@ pub fn fork(flags: u64, exit_signal: i32, pid: i32) -> io::Result<i32> {
         set_tid_size: u64::from(pid != 0),
         ..CloneArgs::default()
     };
-    // SAFETY: a fork (no CLONE_VM) of a process with one thread; the arguments outlive the call.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
-    Ok(Errno::result(pid)? as i32)
+    let started = Instant::now();
+    loop {
+        // SAFETY: a fork (no CLONE_VM) of a process with one thread; the arguments outlive the call.
+        let forked = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
+        match Errno::result(forked) {
+            // The kernel frees a number a moment after its last task is out of sight (release_task, kernel/exit.c).
+            Err(Errno::EEXIST) if !pids::taken(pid) && started.elapsed() < pids::PATIENCE => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            forked => return Ok(forked? as i32),
+        }
+    }
 }
 
 fn owned(result: libc::c_long) -> io::Result<OwnedFd> {

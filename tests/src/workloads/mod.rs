@@ -61,6 +61,7 @@ workloads! {
     mem_file_private: "a file mapped privately with some pages changed";
     mem_file_shared: "a file mapped shared, seen by file and by mapping";
     mem_thp: "transparent huge pages stay huge";
+    mem_no_fork: "a process that may not fork";
     mem_madvise: "settings made by madvise";
     mem_stack: "a deep stack, held while frozen and unwound after";
     mem_growsdown: "a mapping that grows downwards";

@@ -9,32 +9,7 @@ mod sweep;
 
 use std::process::ExitCode;
 
-use stasis_tests::{
-    scenario::Failure,
-    suite::{self, Test},
-};
-
-/// Open defects and tests that are not trusted yet: by the start of the name, with the reason. An empty list is the aim.
-const OPEN: &[(&str, &str)] = &[
-    (
-        "sweep::",
-        "the sweeps over a dump still fail at some points, and those over a restore need more time than CI has",
-    ),
-    ("dump::traced_by_another", "does not end on a busy machine"),
-    ("dump::exits_meanwhile", "fails now and then on a busy machine"),
-];
-
-/// Leaves out what is open, unless everything is asked for.
-fn without_open(tests: Vec<Test>) -> Vec<Test> {
-    if std::env::var_os("STASIS_TEST_OPEN").is_some() {
-        return tests;
-    }
-    let replace = |test: Test| match OPEN.iter().find(|(start, _)| test.name.starts_with(start)) {
-        Some((_, why)) => Test::new(test.name, move |_| Err(Failure::Skipped((*why).into()))),
-        None => test,
-    };
-    tests.into_iter().map(replace).collect()
-}
+use stasis_tests::suite;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
@@ -49,5 +24,5 @@ fn main() -> ExitCode {
     tests.extend(images::tests());
     tests.extend(plugins::tests());
     tests.extend(sweep::tests());
-    suite::main(without_open(tests))
+    suite::main(tests)
 }
