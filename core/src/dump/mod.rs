@@ -175,26 +175,34 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     context.lifecycle(Event::BeforeFreeze)?;
     context.check_interrupted()?;
     let frozen = Instant::now();
+    let passed = |step: &'static str| tracing::debug!(after = ?frozen.elapsed(), "{step}");
     let found = collect::seize(context)?;
+    passed("seized");
     let mut frozen_tree = collect::describe(context, &found)?;
+    passed("described and claimed");
     context.check_interrupted()?;
     frozen_tree.inspect(context)?;
+    passed("asked the tasks");
     context.lifecycle(Event::Frozen)?;
     frozen_tree.write(context)?;
     resources::namespaces(context, &frozen_tree.namespaces)?;
     resources::objects(context)?;
     resources::tables(context, |pid| frozen_tree.number(pid), |uid| frozen_tree.uid_inside(uid))?;
     resources::tasks(context)?;
+    passed("records written");
     context.check_interrupted()?;
     let may_snapshot = options.afterwards == Afterwards::Run && options.copy_on_write;
     let mut pages = frozen_tree.pages(context, may_snapshot)?;
+    passed("pages found");
     report.tasks = context.inventory.borrow().tree.processes.len();
     report.threads =
         context.inventory.borrow().tree.processes.iter().map(|process| process.threads.len()).sum();
 
     let later = pages.snapshots().to_vec();
     pages.copy_frozen(&context.guardian, &later)?;
+    passed("pages copied");
     let snapshots = take_snapshots(context, &later)?;
+    passed("snapshots forked");
     let snapshot = !snapshots.is_empty();
     if snapshot {
         context.lifecycle(Event::BeforeResume)?;
@@ -207,6 +215,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
         pages.copy_rest(&context.guardian, &later)?;
     }
     report.page_bytes = pages.bytes();
+    passed("all pages copied");
     context.check_interrupted()?;
     let shards = if options.afterwards == Afterwards::Run && !snapshot {
         // Checksums of pages need no frozen tree.
@@ -217,10 +226,12 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     } else {
         pages.finish(&context.writer)?
     };
+    passed("checksums");
     if options.afterwards == Afterwards::Kill {
         resources::commit(context)?;
     }
     let stats = context.writer.finish(shards, options.sync)?;
+    passed("image complete");
     report.image_bytes = stats.core_bytes + stats.blob_bytes + stats.page_bytes;
     // From here on the image is complete: an error is no reason to undo it.
     context.guardian.borrow_mut().keep_links()?;
