@@ -46,6 +46,7 @@ mod host;
 mod model;
 #[doc(hidden)]
 pub mod register;
+pub mod socket;
 #[cfg(feature = "testing")]
 pub mod testing;
 
