@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod ctl;
 pub mod launch;
+pub mod net;
 pub mod sandbox;
 pub mod scenario;
 pub mod snapshot;

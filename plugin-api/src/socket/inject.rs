@@ -170,9 +170,11 @@ mod tests {
 
     #[test]
     fn a_datagram_arrives_from_a_stranger() {
-        for (here, stranger) in
-            [("127.0.0.1:0", "192.0.2.7:4711"), ("[::1]:0", "[2001:db8::7]:4711"), ("127.0.0.1:0", "127.0.0.9:9")]
-        {
+        for (here, stranger) in [
+            ("127.0.0.1:0", "192.0.2.7:4711"),
+            ("[::1]:0", "[2001:db8::7]:4711"),
+            ("127.0.0.1:0", "127.0.0.9:9"),
+        ] {
             let Ok(socket) = UdpSocket::bind(here) else { continue };
             let stranger: std::net::SocketAddr = stranger.parse().unwrap();
             let to = socket.local_addr().unwrap();

@@ -36,7 +36,7 @@ macro_rules! table {
     };
 }
 
-// In the order in which they are put back. SO_BUF_LOCK says which buffer sizes were set by hand, and setting a size
+// In the order in which they are put back, these after those of IP: IP_TOS changes SO_PRIORITY. SO_BUF_LOCK says which buffer sizes were set by hand, and setting a size
 // changes it, so it is after them. SO_REUSEADDR is put back last (see `REUSE`).
 table! {
     /// Options of every socket (asm-generic/socket.h).
@@ -220,7 +220,7 @@ mod tests {
     use super::*;
     use std::{net::UdpSocket, os::fd::AsFd, time::Duration};
 
-    const ALL: &[&[Spec]] = &[SOCKET, IPV4, IPV6, REUSE];
+    const ALL: &[&[Spec]] = &[IPV4, IPV6, SOCKET, REUSE];
 
     #[test]
     fn options_are_put_back() {

@@ -42,6 +42,10 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
         _ => datagrams::peek_all(fd)?,
     };
     check_queue(fd, protocol, &queue, label)?;
+    if queue.iter().any(|datagram| datagram.data.is_empty()) {
+        // The kernel marks it as seen (include/net/udp.h, net/core/datagram.c).
+        host.warn(&format!("{label}: an empty datagram is in its queue, which a later dump will not see"));
+    }
     let name = blob(object.id);
     let mut writer = host.blob_writer(&name);
     for datagram in &queue {

@@ -66,8 +66,8 @@ const UDP: &[options::Spec] = &[
 
 /// The tables of options for a domain.
 fn tables(domain: i32) -> &'static [&'static [options::Spec]] {
-    const V4: &[&[options::Spec]] = &[options::SOCKET, options::IPV4, UDP];
-    const V6: &[&[options::Spec]] = &[options::SOCKET, options::IPV6, options::IPV4, UDP];
+    const V4: &[&[options::Spec]] = &[options::IPV4, options::SOCKET, UDP];
+    const V6: &[&[options::Spec]] = &[options::IPV6, options::IPV4, options::SOCKET, UDP];
     if domain == libc::AF_INET6 { V6 } else { V4 }
 }
 

@@ -124,6 +124,8 @@ workloads! {
     signalfd: "signalfds with pending signals";
     devices: "memory devices";
     unix_pair: "connected unix sockets, credentials and a pipe's end in flight";
+    tcp_listen: "TCP sockets that are not connected: listening, in groups, bound, unbound, ended";
+    udp_sockets: "UDP sockets with queues, senders, options, peers and memberships";
     pty_shell: "a shell that leads a session, with a background job and /dev/tty", host;
     seccomp_strict: "a filter that allows hardly anything";
     ns_tree: "a tree in fresh user, mount and pid namespaces", host;

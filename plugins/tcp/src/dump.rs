@@ -1,0 +1,181 @@
+//! From a live socket to a record.
+
+use crate::{
+    CLOSE, ESTABLISHED, SKIP_IN_FLIGHT,
+    kernel::{self, Info, state},
+    record::stasis::tcp::v1::{Option as Saved, Shape, Socket},
+};
+use stasis_plugin_api::{
+    Dumped, HandleInfo, HookError, Host, ObjectInfo, Result,
+    socket::{
+        self, filter,
+        options::{self, IPV4, IPV6, REUSE, SOCKET, Spec},
+    },
+};
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+pub(crate) fn describe(_: &Host<'_>, _: &HandleInfo, _: BorrowedFd<'_>) -> Result<()> {
+    Ok(())
+}
+
+/// The tables of options for a domain.
+pub(crate) fn tables(domain: i32, shape: Shape) -> &'static [&'static [Spec]] {
+    use kernel::{OPTIONS, UNCONNECTED};
+    let connected = matches!(shape, Shape::Connected | Shape::Ended);
+    match (domain, connected) {
+        (libc::AF_INET6, true) => &[IPV6, IPV4, SOCKET, OPTIONS],
+        (libc::AF_INET6, false) => &[IPV6, IPV4, SOCKET, OPTIONS, UNCONNECTED],
+        (_, true) => &[IPV4, SOCKET, OPTIONS],
+        (_, false) => &[IPV4, SOCKET, OPTIONS, UNCONNECTED],
+    }
+}
+
+pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket>> {
+    let handle = socket::only_handle(object)?;
+    let label = object.description.as_str();
+    let owned = host.open_handle(handle.id)?;
+    let fd = owned.as_fd();
+    let failed = |what: &'static str| move |error| HookError::failed(what, error);
+    let proc = host.open_proc(socket::holder(host, object)?)?;
+    socket::check_namespace(fd, &proc, label)?;
+    let info = kernel::info(fd)?;
+    let events = socket::poll(fd, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP).map_err(failed("poll"))?;
+    refuse_unseen(fd, &info, events, label)?;
+    let domain = socket::get_int(fd, libc::SOL_SOCKET, libc::SO_DOMAIN).map_err(failed("SO_DOMAIN"))?;
+    let mut record = Socket {
+        domain,
+        local: socket::local_address(fd).map_err(failed("getsockname"))?,
+        filter: filter::read(fd, label)?,
+        filter_locked: filter::is_locked(fd),
+        uid: socket::owner(fd, &proc)?,
+        ..Socket::default()
+    };
+    let shape = shape(host, fd, &info, events, label, &record.local)?;
+    record.shape = shape.into();
+    match shape {
+        Shape::Listener => record.backlog = info.backlog,
+        Shape::Connecting => record.peer = connecting_to(&proc, handle.ino, label)?,
+        _ => {}
+    }
+    let mut saved = options::read(fd, tables(domain, shape))?;
+    saved.extend(options::read(fd, &[REUSE])?);
+    let option = |o: options::Saved| Saved { level: o.level, name: o.name, value: o.value };
+    record.options = saved.into_iter().map(option).collect();
+    Ok(Dumped::new(record))
+}
+
+/// Refuses what cannot be looked at without taking it away, or not be brought about again.
+fn refuse_unseen(fd: BorrowedFd<'_>, info: &Info, events: i16, label: &str) -> Result<()> {
+    let refuse = |why: &str, remedy: &str| Err(HookError::unsupported(label, why, remedy));
+    if events & libc::POLLERR != 0 {
+        return refuse("an error waits to be read from it", "let the program read the error first");
+    }
+    if events & libc::POLLPRI != 0 && info.state != state::LISTEN {
+        return refuse("urgent data wait to be read from it", "let the program read them first");
+    }
+    if kernel::has_upper_layer(fd) {
+        return refuse("an upper layer (TCP_ULP, such as TLS) is attached", "");
+    }
+    Ok(())
+}
+
+fn shape(
+    host: &Host<'_>,
+    fd: BorrowedFd<'_>,
+    info: &Info,
+    events: i16,
+    label: &str,
+    local: &[u8],
+) -> Result<Shape> {
+    let refuse = |why: String, remedy: &str| Err(HookError::unsupported(label, why, remedy));
+    match info.state {
+        state::LISTEN if info.waiting > 0 && !host.has_option(SKIP_IN_FLIGHT) => refuse(
+            format!("{} connections wait to be accepted", info.waiting),
+            "let the program accept them first, or leave them out with --skip-in-flight",
+        ),
+        state::LISTEN => Ok(Shape::Listener),
+        state::SYN_SENT => Ok(Shape::Connecting),
+        state::CLOSE if events & libc::POLLRDHUP == 0 => Ok(Shape::Single),
+        state::CLOSE => {
+            let unread = socket::ioctl_int(fd, libc::FIONREAD);
+            match unread.map_err(|error| HookError::failed("SIOCINQ", error))? {
+                0 => Ok(Shape::Ended),
+                unread => refuse(
+                    format!("the connection is over, and {unread} bytes of it are not read yet"),
+                    "let the program read them first",
+                ),
+            }
+        }
+        _ if host.has_option(CLOSE) => Ok(Shape::Ended),
+        state if state::CONNECTED.contains(&state) && host.has_option(ESTABLISHED) => Ok(Shape::Connected),
+        state if state::CONNECTED.contains(&state) => {
+            let peer = socket::peer_address(fd).ok().flatten();
+            let peer = peer.map_or_else(|| "its peer".to_owned(), |peer| socket::shown(&peer));
+            refuse(
+                format!("it is connected from {} to {peer}", socket::shown(local)),
+                "keep the connection with --tcp-established, or end it with --tcp-close",
+            )
+        }
+        state => refuse(format!("it is in TCP state {state}"), "try again in a moment"),
+    }
+}
+
+/// Whom a socket is connecting to; getpeername(2) does not say so yet.
+fn connecting_to(proc: &OwnedFd, ino: u64, label: &str) -> Result<Vec<u8>> {
+    let find = |name: &str| {
+        let text = fs::read_to_string(format!("/proc/self/fd/{}/net/{name}", proc.as_raw_fd())).ok()?;
+        text.lines().skip(1).find_map(|line| remote_of(line, ino))
+    };
+    find("tcp").or_else(|| find("tcp6")).ok_or_else(|| {
+        HookError::unsupported(
+            label,
+            "it is just being connected to an unknown peer",
+            "try again in a moment",
+        )
+    })
+}
+
+/// The remote address in a line of /proc/net/tcp or tcp6, if it is that of inode `ino`, as a `sockaddr`.
+fn remote_of(line: &str, ino: u64) -> std::option::Option<Vec<u8>> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    if words.get(9)?.parse() != Ok(ino) {
+        return None;
+    }
+    let (host, port) = words.get(2)?.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?.to_be_bytes();
+    // Words of 32 bits in the machine's byte order.
+    let word = |at: usize| u32::from_str_radix(host.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
+    let host: Vec<u8> =
+        (0..host.len()).step_by(8).map(word).collect::<std::option::Option<Vec<_>>>()?.concat();
+    let mut address = match host.len() {
+        4 => (libc::AF_INET as u16).to_ne_bytes().to_vec(),
+        16 => (libc::AF_INET6 as u16).to_ne_bytes().to_vec(),
+        _ => return None,
+    };
+    address.extend(port);
+    if host.len() == 16 {
+        address.extend([0; 4]);
+    }
+    address.extend(&host);
+    address.resize(if host.len() == 16 { 28 } else { 16 }, 0);
+    Some(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remote_addresses_of_the_table() {
+        let line =
+            "   0: 0100007F:C350 0200007F:0050 02 00000001:00000000 01:0000005F 00000000  0  0 4711 2 0";
+        let address = remote_of(line, 4711).unwrap();
+        assert_eq!(socket::shown(&address), "127.0.0.2:80");
+        assert_eq!(remote_of(line, 4712), None);
+        let line = "   0: 00000000000000000000000001000000:C350 B80D0120000000000000000001000000:0050 02 00000001:00000000 01:0000005F 00000000  0  0 1 2 0";
+        assert_eq!(socket::shown(&remote_of(line, 1).unwrap()), "[2001:db8::1]:80");
+    }
+}
