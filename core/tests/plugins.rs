@@ -228,6 +228,9 @@ impl HostAbi for NoHost {
     fn read_memory(&self, _: i32, _: u64, _: RSliceMut<'_, u8>) -> AbiResult<()> {
         no()
     }
+    fn undo(&self, _: i32, _: RSlice<'_, stasis_plugin_api::UndoStep>) -> AbiResult<()> {
+        unreachable!()
+    }
     fn blob_append(&self, _: RStr<'_>, _: RSlice<'_, u8>) -> AbiResult<()> {
         no()
     }

@@ -7,7 +7,7 @@
 
 use crate::{
     Described, Dumped, DumpedNamespace, Event, HandleInfo, HookError, KindDeclaration, NamespaceInfo,
-    ObjectInfo, PluginDeclaration, SessionInfo, TaskInfo, VmaInfo, forward_log::LogSink,
+    ObjectInfo, PluginDeclaration, SessionInfo, TaskInfo, UndoStep, VmaInfo, forward_log::LogSink,
 };
 use abi_stable::{
     StableAbi, declare_root_module_statics,
@@ -66,6 +66,7 @@ pub trait HostAbi {
     fn open_proc(&self, pid: i32) -> AbiResult<i32>;
     fn remote_syscall(&self, pid: i32, number: i64, args: &[u64; 6]) -> AbiResult<i64>;
     fn read_memory(&self, pid: i32, address: u64, buffer: RSliceMut<'_, u8>) -> AbiResult<()>;
+    fn undo(&self, fd: i32, steps: RSlice<'_, UndoStep>) -> AbiResult<()>;
     fn blob_append(&self, name: RStr<'_>, data: RSlice<'_, u8>) -> AbiResult<()>;
     #[sabi(last_prefix_field)]
     fn blob_read(&self, name: RStr<'_>, offset: u64, buffer: RSliceMut<'_, u8>) -> AbiResult<usize>;

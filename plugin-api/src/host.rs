@@ -1,9 +1,9 @@
 //! Host services, as hooks see them.
 
-use crate::{HandleInfo, HookError, Result, SessionInfo, TaskInfo, abi::HostRef};
+use crate::{HandleInfo, HookError, Result, SessionInfo, TaskInfo, UndoStep, abi::HostRef};
 use std::{
     io::{Read, Write},
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 /// What core offers to a hook. Valid only during the call it is given to.
@@ -84,7 +84,8 @@ impl<'a> Host<'a> {
     }
 
     /// A duplicate of the open file description of handle `id`. On restore from the link phase on, or in create for
-    /// handles that were named in [`Dumped::after`](crate::Dumped::after).
+    /// handles that were named in [`Dumped::after`](crate::Dumped::after). Lifecycle hooks have it from
+    /// [`Event::Restored`](crate::Event::Restored) on, for handles that a task holds.
     pub fn open_handle(&self, id: u32) -> Result<OwnedFd> {
         let fd = self.inner.open_handle(id).into_result()?;
         Ok(take_fd(fd))
@@ -99,6 +100,16 @@ impl<'a> Host<'a> {
     /// Runs a system call in the frozen task `pid` (dump only). A negative `errno` becomes an error.
     pub fn remote_syscall(&self, pid: i32, number: i64, args: [u64; 6]) -> Result<i64> {
         self.inner.remote_syscall(pid, number, &args).into_result()
+    }
+
+    /// Has the guardian keep a duplicate of `fd`, and do these steps with it before the tree runs on: after a dump that
+    /// leaves it running, fails, or is killed (dump only). What was asked for last is done first; an error of a step is
+    /// no reason to stop. If the tree is killed the duplicate is closed when it is gone, and nothing is done. No
+    /// steps: only the close, which comes before the tree runs on.
+    ///
+    /// To be called *before* the change that it undoes, so that there is no instant in which nobody would.
+    pub fn undo(&self, fd: BorrowedFd<'_>, steps: &[UndoStep]) -> Result<()> {
+        self.inner.undo(fd.as_raw_fd(), steps.into()).into_result()
     }
 
     /// Reads memory of the frozen task `pid` (dump only).

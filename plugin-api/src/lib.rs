@@ -56,7 +56,7 @@ pub use host::Host;
 pub use model::{
     Actor, ActorKind, Described, Dumped, DumpedNamespace, Event, HandleInfo, Holder, KindDeclaration,
     NamespaceInfo, ObjectInfo, OptionDeclaration, PluginDeclaration, Selector, SessionInfo, TaskInfo,
-    VmaInfo,
+    UndoStep, VmaInfo,
 };
 pub use register::Registration;
 

@@ -389,4 +389,24 @@ pub enum Event {
     Resumed,
     /// Dump or restore failed; always runs.
     Aborted,
+    /// `stasis unlock`: the image is given up, and what its dump kept outside for a restore must go.
+    Unlock,
+}
+
+/// Something the guardian does with a descriptor before the tree runs on, whatever happens to the command and its
+/// plugins: see [`Host::undo`](crate::Host::undo).
+#[repr(u8)]
+#[derive(StableAbi, Debug, Clone, PartialEq, Eq)]
+pub enum UndoStep {
+    /// setsockopt(2).
+    SetOption {
+        /// e.g. `SOL_SOCKET`
+        level: i32,
+        /// Number of the option.
+        name: i32,
+        /// Its value.
+        value: RVec<u8>,
+    },
+    /// write(2) of these bytes, once.
+    Write(RVec<u8>),
 }

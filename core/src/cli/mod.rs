@@ -11,6 +11,7 @@ mod logging;
 mod plugins;
 mod report;
 mod restore;
+mod unlock;
 
 use crate::plugins::{PluginChoice, split_arguments};
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -96,6 +97,7 @@ enum Command {
     /// Show which plugins are found, and what each claims
     Plugins(plugins::PluginsArgs),
     Demo(demo::DemoArgs),
+    Unlock(unlock::UnlockArgs),
 }
 
 /// Runs the command line and gives the exit status.
@@ -107,6 +109,7 @@ pub fn main() -> ExitCode {
         Command::Restore(args) => restore::run(args, &cli.common, options),
         Command::Check(args) => check::run(args, &cli.common.plugins.choice(), cli.common.json),
         Command::Inspect(args) => inspect::run(args, cli.common.json),
+        Command::Unlock(args) => unlock::run(args, &cli.common),
         Command::Demo(args) => demo::run(args),
         Command::Plugins(args) => plugins::run(args, &cli.common.plugins.choice(), cli.common.json),
     }

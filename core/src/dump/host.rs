@@ -1,13 +1,14 @@
 //! What core offers to hooks during a dump.
 
 use super::{Afterwards, Context};
+use crate::guardian::protocol::{self, Bytes};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, openat},
     sys::stat::Mode,
 };
 use stasis_plugin_api::{
-    HandleInfo, HookError, SessionInfo, TaskInfo,
+    HandleInfo, HookError, SessionInfo, TaskInfo, UndoStep,
     abi::{AbiResult, HostAbi},
     abi_stable::std_types::{ROption, RResult, RSlice, RSliceMut, RStr, RString, RVec},
 };
@@ -17,7 +18,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
         unix::fs::FileExt,
     },
 };
@@ -124,6 +125,19 @@ impl HostAbi for DumpHost<'_> {
         };
         let result = read();
         result.into()
+    }
+
+    fn undo(&self, fd: i32, steps: RSlice<'_, UndoStep>) -> AbiResult<()> {
+        let steps = steps.iter().map(|step| match step {
+            UndoStep::SetOption { level, name, value } => {
+                protocol::UndoStep::SetOption { level: *level, name: *name, value: Bytes(value.to_vec()) }
+            }
+            UndoStep::Write(data) => protocol::UndoStep::Write(Bytes(data.to_vec())),
+        });
+        // SAFETY: the hook has it open during this call.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let result = self.context.guardian.borrow_mut().undo(fd, steps.collect());
+        result.map_err(|error| HookError::invalid(format!("a journal entry: {error}"))).into()
     }
 
     fn blob_append(&self, name: RStr<'_>, data: RSlice<'_, u8>) -> AbiResult<()> {

@@ -5,7 +5,7 @@ use super::{
     channel::Channel,
     protocol::{
         CollectedTask, FinalTask, Outcome, PageRange, ProcessState, Reply, Request, SeizedTask, TaskDied,
-        ToCommand, WriteOrder, Written,
+        ToCommand, UndoStep, WriteOrder, Written,
     },
     server,
 };
@@ -128,6 +128,15 @@ impl Guardian {
     pub fn syscall(&mut self, pid: i32, number: i64, arguments: [u64; 6]) -> Result<i64, GuardianError> {
         match self.ask(&Request::Syscall { pid, number: number as u64, arguments }, &[])? {
             Reply::Result(value) => Ok(value),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Has a duplicate of `fd` kept, and these steps done with it before the tree runs on; the last ones first. If the
+    /// tree is killed, the duplicate is closed when it is gone.
+    pub fn undo(&mut self, fd: BorrowedFd<'_>, steps: Vec<UndoStep>) -> Result<(), GuardianError> {
+        match self.ask(&Request::Undo(steps), &[fd])? {
+            Reply::Done => Ok(()),
             _ => Err(unexpected()),
         }
     }

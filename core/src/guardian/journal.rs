@@ -1,6 +1,6 @@
 //! What must be undone besides the state of the tasks themselves, which the tree knows: cgroups, descriptors.
 
-use super::{GuardianError, wait::Waiter};
+use super::{GuardianError, protocol::UndoStep, wait::Waiter};
 use crate::inject::run::Patience;
 use nix::{
     fcntl::{AT_FDCWD, AtFlags},
@@ -93,6 +93,8 @@ pub struct Journal {
     pub freezer: Option<Freezer>,
     /// Descriptors that were installed in a task: process, number.
     pub descriptors: Vec<(i32, i32)>,
+    /// What plugins want done with descriptors before the tree runs on.
+    pub undo: Vec<(OwnedFd, Vec<UndoStep>)>,
     /// Hard links that were made for the image: directory, name.
     pub links: Vec<(OwnedFd, String)>,
 }
@@ -111,6 +113,26 @@ impl Journal {
     pub fn unlink(&mut self) {
         for (directory, name) in self.links.drain(..) {
             let _ = unlinkat(&directory, name.as_str(), UnlinkatFlags::NoRemoveDir);
+        }
+    }
+
+    /// Does what plugins asked for, the last first. A step that fails has nobody to tell.
+    pub fn undo_steps(&mut self) {
+        while let Some((fd, steps)) = self.undo.pop() {
+            for step in &steps {
+                // SAFETY: the kernel reads slices that outlive the calls.
+                unsafe {
+                    match step {
+                        UndoStep::SetOption { level, name, value } => {
+                            let length = value.len() as libc::socklen_t;
+                            libc::setsockopt(fd.as_raw_fd(), *level, *name, value.as_ptr().cast(), length);
+                        }
+                        UndoStep::Write(data) => {
+                            libc::write(fd.as_raw_fd(), data.as_ptr().cast(), data.len());
+                        }
+                    }
+                }
+            }
         }
     }
 }

@@ -253,6 +253,22 @@ pub struct Written {
     pub stopped_at: (usize, u64),
 }
 
+/// Something to do with a descriptor before the tree runs on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UndoStep {
+    /// setsockopt(2).
+    SetOption {
+        /// Level.
+        level: i32,
+        /// Number.
+        name: i32,
+        /// Value.
+        value: Bytes,
+    },
+    /// write(2).
+    Write(Bytes),
+}
+
 /// How a dump ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
@@ -332,6 +348,8 @@ pub enum Request {
         /// Arguments.
         arguments: [u64; 6],
     },
+    /// See [`super::Guardian::undo`]; the descriptor travels beside.
+    Undo(Vec<UndoStep>),
     /// See [`super::Guardian::start_write`].
     StartWrite(Vec<WriteOrder>),
     /// See [`super::Guardian::finish_write`].

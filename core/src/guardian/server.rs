@@ -129,6 +129,10 @@ impl Server {
                 let mut results = tree.syscalls(&[(pid, number, arguments)], waiter)?;
                 Ok(Reply::Result(results.remove(&pid).ok_or(GuardianError::Unknown { pid })??))
             }
+            Request::Undo(steps) => {
+                journal.undo.extend(fds.into_iter().map(|fd| (fd, steps.clone())));
+                Ok(Reply::Done)
+            }
             Request::StartWrite(orders) => {
                 for (order, shard) in orders.into_iter().zip(fds) {
                     let mut job = Job::new(order, shard, tree)?;

@@ -51,6 +51,7 @@ pub fn clean(tree: &mut Tree, journal: &mut Journal, waiter: &mut Waiter) {
             let _ = tree.eject(&[pid], waiter);
         }
     }
+    journal.undo_steps();
 }
 
 /// Threads that run (a call in flight, a seize that failed half way) must stop before they can be let go.
@@ -211,6 +212,7 @@ pub fn finish(
         Outcome::Kill => {
             let pids: Vec<i32> = tree.processes.keys().copied().collect();
             let result = kill(tree, waiter);
+            journal.undo.clear();
             refreeze(journal);
             result.and_then(|()| wait_until_gone(&pids, waiter))
         }

@@ -6,7 +6,7 @@ use super::{
     final_state,
     front::{Channel, CloneRequest, Message},
     ghosts,
-    host::RestoreHost,
+    host::{Outside, RestoreHost},
     pids, root,
     shared::Shared,
     world::{Plans, task_name},
@@ -61,7 +61,8 @@ impl Command<'_> {
         if pids::check(&plans, &self.own)? {
             return Ok(Outcome::Again);
         }
-        let result = self.event(&plans, Event::BeforeRestore).and_then(|()| self.restore(&plans, started));
+        let result =
+            self.event(&plans, Event::BeforeRestore, None).and_then(|()| self.restore(&plans, started));
         match result {
             Ok(report) => Ok(Outcome::Restored(report)),
             Err(error) => {
@@ -70,7 +71,7 @@ impl Command<'_> {
                 if let Err(abort) = self.guardian.abort() {
                     tracing::warn!("the guardian: {abort}");
                 }
-                if let Err(hook) = self.event(&plans, Event::Aborted) {
+                if let Err(hook) = self.event(&plans, Event::Aborted, None) {
                     tracing::warn!("{hook}");
                 }
                 Err(error)
@@ -131,7 +132,8 @@ impl Command<'_> {
         });
         verified?;
         check_interrupted()?;
-        self.event(plans, Event::Restored)?;
+        let outside = plans.registry.lifecycles().next().map(|_| Outside::new(plans, host_pid));
+        self.event(plans, Event::Restored, outside.as_ref())?;
         let tasks = final_state::tasks(plans, self.shared, self.options.leave_stopped)?;
         self.guardian.finalize(tasks)?;
         if let Some(path) = &self.options.pidfile {
@@ -156,7 +158,7 @@ impl Command<'_> {
                 tracing::warn!("cannot take away the link {}: {errno}", name.display());
             }
         }
-        if let Err(error) = self.event(plans, Event::Resumed) {
+        if let Err(error) = self.event(plans, Event::Resumed, outside.as_ref()) {
             tracing::warn!("{error}");
         }
         Ok(RestoreReport {
@@ -190,7 +192,8 @@ impl Command<'_> {
                 let what = format!("plugin {} knows no {} namespaces", namespace.plugin, namespace.kind);
                 return Err(RestoreError::Machine { what });
             };
-            let host = RestoreHost { plans, world: None, plugin: &namespace.plugin, node: 0, pid: 0 };
+            let host =
+                RestoreHost { plans, world: None, plugin: &namespace.plugin, node: 0, pid: 0, outside: None };
             let resource = format!("{} namespace", namespace.kind);
             let context =
                 CallContext { watch: self.watch, host: &host, task: 0, task_name: "", resource: &resource };
@@ -217,7 +220,7 @@ impl Command<'_> {
             self.check_deaths(plans)?;
             if !forked && self.shared.stage() > 0 {
                 forked = true;
-                self.event(plans, Event::Forked)?;
+                self.event(plans, Event::Forked, None)?;
             }
             if done {
                 return Ok(());
@@ -244,9 +247,9 @@ impl Command<'_> {
         Ok(())
     }
 
-    fn event(&self, plans: &Plans, event: Event) -> Result<()> {
+    fn event(&self, plans: &Plans, event: Event, outside: Option<&Outside>) -> Result<()> {
         for kind in plans.registry.lifecycles() {
-            let host = RestoreHost { plans, world: None, plugin: &kind.plugin, node: 0, pid: 0 };
+            let host = RestoreHost { plans, world: None, plugin: &kind.plugin, node: 0, pid: 0, outside };
             let resource = format!("{event:?}");
             let context =
                 CallContext { watch: self.watch, host: &host, task: 0, task_name: "", resource: &resource };

@@ -140,6 +140,7 @@ impl<'a> TaskDescriptors<'a> {
             plugin: &object.plugin,
             node: self.node,
             pid: self.pid,
+            outside: None,
         };
         let context = CallContext {
             watch: self.world.watch,

@@ -1,12 +1,12 @@
 //! The services that hooks get in a restored task (and, for a few, in the command).
 
 use super::{
-    sys,
+    pids, sys,
     world::{Plans, World, task_name},
 };
 use crate::image::records::Handle;
 use stasis_plugin_api::{
-    HandleInfo, HookError, ObjectInfo, SessionInfo, TaskInfo,
+    HandleInfo, HookError, ObjectInfo, SessionInfo, TaskInfo, UndoStep,
     abi::{AbiResult, HostAbi},
     abi_stable::std_types::{RErr, ROk, ROption, RSlice, RSliceMut, RStr, RString, RVec},
 };
@@ -27,6 +27,35 @@ pub struct RestoreHost<'a> {
     pub node: usize,
     /// Pid of that task, or 0.
     pub pid: i32,
+    /// In the command, once all is in place: the tasks, as they are from outside.
+    pub outside: Option<&'a Outside>,
+}
+
+/// The restored tasks as the command sees them.
+pub struct Outside {
+    /// Their pids here, by those of the image.
+    pids: BTreeMap<i32, i32>,
+}
+
+impl Outside {
+    /// The tree whose root is `root`.
+    pub fn new(plans: &Plans, root: i32) -> Self {
+        let image = plans.image.tasks.iter().map(|task| (task.pid, task.pid));
+        if !pids::has_namespace(plans) {
+            return Self { pids: image.collect() };
+        }
+        let space = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let ours = space(root);
+        let inner = |pid: i32| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+            line.split_whitespace().next_back()?.parse().ok()
+        };
+        let numbers = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let members = pids.filter(|&pid| ours.is_some() && space(pid) == ours);
+        Self { pids: members.filter_map(|pid| Some((inner(pid)?, pid))).collect() }
+    }
 }
 
 fn refused<T>(what: &str) -> AbiResult<T> {
@@ -36,7 +65,7 @@ fn refused<T>(what: &str) -> AbiResult<T> {
 impl RestoreHost<'_> {
     fn duplicate(&self, id: u32) -> Result<OwnedFd, HookError> {
         let failed = |error| HookError::failed(format!("getting handle {id}"), error);
-        let world = self.world.ok_or_else(|| HookError::invalid("there are no handles outside of tasks"))?;
+        let Some(world) = self.world else { return self.duplicate_outside(id) };
         let creator = self.plans.descriptors.creator.get(&id).copied();
         let creator = creator.ok_or_else(|| HookError::invalid(format!("there is no handle {id}")))?;
         let number = world.locations.get(id).ok_or_else(|| {
@@ -49,6 +78,16 @@ impl RestoreHost<'_> {
         }
         let pidfd = sys::pidfd_open(self.plans.tree.nodes[creator].pid).map_err(failed)?;
         sys::pidfd_getfd(pidfd.as_fd(), number).map_err(failed)
+    }
+
+    /// In the command: from a task that holds it.
+    fn duplicate_outside(&self, id: u32) -> Result<OwnedFd, HookError> {
+        let failed = |error| HookError::failed(format!("getting handle {id}"), error);
+        let none = || HookError::invalid(format!("no task holds handle {id}, or none yet"));
+        let holder = self.plans.holders.get(&id).and_then(|holders| holders.first()).ok_or_else(none)?;
+        let pid = self.outside.and_then(|outside| outside.pids.get(&holder.pid)).ok_or_else(none)?;
+        let pidfd = sys::pidfd_open(*pid).map_err(failed)?;
+        sys::pidfd_getfd(pidfd.as_fd(), holder.fd).map_err(failed)
     }
 }
 
@@ -130,14 +169,27 @@ impl HostAbi for RestoreHost<'_> {
         refused("blob_append")
     }
     fn blob_read(&self, name: RStr<'_>, offset: u64, mut buffer: RSliceMut<'_, u8>) -> AbiResult<usize> {
-        let Some(world) = self.world else { return RErr(HookError::invalid("blobs are read in tasks")) };
+        let failed = |error: crate::image::ImageError| RErr(HookError::invalid(error.to_string()));
+        let Some(world) = self.world else {
+            let mut blobs = match self.plans.image.blobs() {
+                Ok(blobs) => blobs,
+                Err(error) => return failed(error),
+            };
+            return match blobs.read_at(self.plugin, name.as_str(), offset, buffer.as_mut_slice()) {
+                Ok(n) => ROk(n),
+                Err(error) => failed(error),
+            };
+        };
         let Ok(mut blobs) = world.blobs.try_borrow_mut() else {
             return RErr(HookError::invalid("a blob is being read already"));
         };
         match blobs.read_at(self.plugin, name.as_str(), offset, buffer.as_mut_slice()) {
             Ok(n) => ROk(n),
-            Err(error) => RErr(HookError::invalid(error.to_string())),
+            Err(error) => failed(error),
         }
+    }
+    fn undo(&self, _: i32, _: RSlice<'_, UndoStep>) -> AbiResult<()> {
+        refused("undo")
     }
 }
 

@@ -31,9 +31,11 @@ mod root;
 mod shared;
 mod sys;
 pub mod tree_plan;
+mod unlock;
 mod world;
 
 pub use blob::RestorerFailure;
 pub use error::{Failure, RestoreError};
 pub use front::restore;
 pub use options::{InheritFd, InheritFdError, RestoreOptions, RestoreReport};
+pub use unlock::unlock;

@@ -279,7 +279,14 @@ impl<'a> Life<'a> {
     ) -> Result<T> {
         let plans = &self.world.plans;
         let name = plans.task(self.node).map(task_name).unwrap_or_default();
-        let host = RestoreHost { plans, world: Some(self.world), plugin, node: self.node, pid: self.pid };
+        let host = RestoreHost {
+            plans,
+            world: Some(self.world),
+            plugin,
+            node: self.node,
+            pid: self.pid,
+            outside: None,
+        };
         let context =
             CallContext { watch: self.world.watch, host: &host, task: self.pid, task_name: &name, resource };
         Ok(call(&context)?)

@@ -179,8 +179,14 @@ fn namespaces(
             let what = format!("plugin {} knows no {} namespaces", namespace.plugin, namespace.kind);
             return Err(RestoreError::Machine { what });
         };
-        let host =
-            RestoreHost { plans: &world.plans, world: Some(world), plugin: &namespace.plugin, node: 0, pid };
+        let host = RestoreHost {
+            plans: &world.plans,
+            world: Some(world),
+            plugin: &namespace.plugin,
+            node: 0,
+            pid,
+            outside: None,
+        };
         let resource = format!("{} namespace", namespace.kind);
         let context =
             CallContext { watch: world.watch, host: &host, task: pid, task_name: "", resource: &resource };

@@ -1,7 +1,7 @@
 //! The host of a [`Kit`](super::Kit): its tree is the test process.
 
 use crate::{
-    HandleInfo, Holder, HookError, Result, SessionInfo, TaskInfo,
+    HandleInfo, Holder, HookError, Result, SessionInfo, TaskInfo, UndoStep,
     abi::{AbiResult, HostAbi, HostAbi_TO, HostRef},
 };
 use abi_stable::{
@@ -38,6 +38,8 @@ pub struct FakeHost {
     pub leave_running: bool,
     /// What hooks have warned of.
     pub warnings: RefCell<Vec<String>>,
+    /// What the guardian would be asked to undo.
+    pub undo: RefCell<Vec<(RawFd, Vec<UndoStep>)>>,
     /// Blobs by name.
     pub blobs: RefCell<BTreeMap<String, Vec<u8>>>,
     /// Sessions with a terminal.
@@ -206,6 +208,10 @@ impl HostAbi for FakeHost {
             memory.read_exact_at(buffer.as_mut_slice(), address)
         };
         across(read().map_err(|error| HookError::failed(format!("read memory at {address:#x}"), error)))
+    }
+    fn undo(&self, fd: i32, steps: RSlice<'_, UndoStep>) -> AbiResult<()> {
+        self.undo.borrow_mut().push((fd, steps.to_vec()));
+        ROk(())
     }
     fn blob_append(&self, name: RStr<'_>, data: RSlice<'_, u8>) -> AbiResult<()> {
         across(self.frozen("blob_append").map(|()| {

@@ -54,6 +54,9 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
         ..Socket::default()
     };
     let shape = shape(host, fd, &info, events, label, &record.local)?;
+    if shape == Shape::Connected {
+        return Err(HookError::unsupported(label, "connections are not kept yet", "end it with --tcp-close"));
+    }
     record.shape = shape.into();
     match shape {
         Shape::Listener => record.backlog = info.backlog,

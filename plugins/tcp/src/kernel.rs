@@ -9,6 +9,7 @@ use std::{io, os::fd::BorrowedFd};
 const TCP: i32 = libc::IPPROTO_TCP;
 
 /// States (net/tcp_states.h).
+#[allow(dead_code)]
 pub(crate) mod state {
     pub(crate) const ESTABLISHED: u32 = 1;
     pub(crate) const SYN_SENT: u32 = 2;
@@ -72,6 +73,7 @@ pub(crate) const UNCONNECTED: &[Spec] = table! {
 
 /// What is wanted of `struct tcp_info`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code)]
 pub(crate) struct Info {
     /// See [`state`].
     pub state: u32,

@@ -11,6 +11,7 @@ use stasis_plugin_api::{
 };
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+#[allow(dead_code)]
 mod record {
     include!(concat!(env!("OUT_DIR"), "/records.rs"));
 }

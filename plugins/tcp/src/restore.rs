@@ -28,24 +28,36 @@ pub(crate) fn create(_: &Host<'_>, _: &ObjectInfo, record: &Socket) -> Result<Ow
     let fd = owned.as_fd();
     let shape = record.shape();
     options::write(fd, tables(record.domain, shape), &saved(record))?;
-    socket::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)
-        .map_err(|error| HookError::failed("setting SO_REUSEADDR", error))?;
-    if shape != Shape::Ended && is_bound(&record.local) {
-        bind(fd, &record.local)?;
+    share_port(fd)?;
+    if shape == Shape::Ended || !is_bound(&record.local) {
+        return Ok(owned);
     }
-    if shape == Shape::Listener {
-        let backlog = i32::try_from(record.backlog).unwrap_or(i32::MAX);
-        socket::listen(fd, backlog).map_err(|error| {
-            HookError::failed(format!("listening at TCP {}", socket::shown(&record.local)), error)
-        })?;
-    }
+    bind(fd, &record.local)?;
+    listen(fd, record)?;
     Ok(owned)
+}
+
+fn share_port(fd: BorrowedFd<'_>) -> Result<()> {
+    socket::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)
+        .map_err(|error| HookError::failed("setting SO_REUSEADDR", error))
+}
+
+fn listen(fd: BorrowedFd<'_>, record: &Socket) -> Result<()> {
+    if record.shape() != Shape::Listener {
+        return Ok(());
+    }
+    let backlog = i32::try_from(record.backlog).unwrap_or(i32::MAX);
+    socket::listen(fd, backlog).map_err(|error| {
+        HookError::failed(format!("listening at TCP {}", socket::shown(&record.local)), error)
+    })
 }
 
 pub(crate) fn bind(fd: BorrowedFd<'_>, local: &[u8]) -> Result<()> {
     socket::bind(fd, local).map_err(|error| {
         let remedy = match error.raw_os_error() {
-            Some(libc::EADDRINUSE) => "end the program that has taken the port meanwhile",
+            Some(libc::EADDRINUSE) => {
+                "another program has the port, or a connection of it that ended less than a minute ago"
+            }
             Some(libc::EADDRNOTAVAIL) => "give this machine the address first",
             _ => "",
         };
