@@ -219,6 +219,9 @@ impl HostAbi for NoHost {
     fn open_handle(&self, _: u32) -> AbiResult<i32> {
         no()
     }
+    fn open_auxiliary(&self, _: u32, _: u32) -> AbiResult<i32> {
+        no()
+    }
     fn open_proc(&self, _: i32) -> AbiResult<i32> {
         no()
     }
@@ -260,9 +263,9 @@ fn errors_of_hooks_say_everything() {
             "task 42 (redis), descriptor 5, anon_inode:[eventfd] cannot be dumped: fdinfo has no field \
              eventfd-id [plugin eventfd, describe]"
         );
-        let error = context.create(kind, &Default::default(), b"\xff\xff").unwrap_err();
+        let error = context.create(kind, &Default::default(), 0, b"\xff\xff").unwrap_err();
         assert_eq!(error.source.kind, ErrorKind::BadRecord);
-        let error = context.create(kind, &Default::default(), b"").unwrap_err().to_string();
+        let error = context.create(kind, &Default::default(), 0, b"").unwrap_err().to_string();
         assert!(error.contains("1 descriptors were made for 0 handles"), "{error}");
         // `dump` takes the first handle of an object that has none.
         let error = context.dump(kind, &Default::default()).unwrap_err();

@@ -63,6 +63,7 @@ pub trait HostAbi {
     fn handle(&self, id: u32) -> ROption<HandleInfo>;
     fn handle_at(&self, pid: i32, fd: i32) -> ROption<u32>;
     fn open_handle(&self, id: u32) -> AbiResult<i32>;
+    fn open_auxiliary(&self, handle: u32, index: u32) -> AbiResult<i32>;
     fn open_proc(&self, pid: i32) -> AbiResult<i32>;
     fn remote_syscall(&self, pid: i32, number: i64, args: &[u64; 6]) -> AbiResult<i64>;
     fn read_memory(&self, pid: i32, address: u64, buffer: RSliceMut<'_, u8>) -> AbiResult<()>;

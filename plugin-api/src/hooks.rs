@@ -38,7 +38,8 @@ pub trait Descriptor: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Makes the object: one descriptor per entry of `object.handles`, in that order.
+    /// Makes the object: one descriptor per entry of `object.handles`, in that order; then the auxiliary ones, if `dump`
+    /// announced any ([`Dumped::auxiliaries`]).
     fn create(&self, host: &Host<'_>, object: &ObjectInfo, record: &Self::Record) -> Result<Vec<OwnedFd>>;
 
     /// Every object exists.

@@ -91,6 +91,14 @@ impl<'a> Host<'a> {
         Ok(take_fd(fd))
     }
 
+    /// A duplicate of a descriptor that `create` made beyond those of its handles
+    /// ([`Dumped::auxiliaries`](crate::Dumped::auxiliaries)); `handle` is any of that object's. On restore from the link
+    /// phase on, or in create for handles that were named in [`Dumped::after`](crate::Dumped::after).
+    pub fn open_auxiliary(&self, handle: u32, index: u32) -> Result<OwnedFd> {
+        let fd = self.inner.open_auxiliary(handle, index).into_result()?;
+        Ok(take_fd(fd))
+    }
+
     /// `/proc/PID` of a frozen task, as a directory descriptor (dump only).
     pub fn open_proc(&self, pid: i32) -> Result<OwnedFd> {
         let fd = self.inner.open_proc(pid).into_result()?;

@@ -264,6 +264,9 @@ pub struct Dumped<R> {
     pub link_as: Actor,
     /// Where `settle` runs.
     pub settle_as: Actor,
+    /// How many descriptors `create` makes beyond one per handle. They belong to no task of the tree: other hooks get
+    /// them by [`Host::open_auxiliary`](crate::Host::open_auxiliary), and they are closed when all objects are settled.
+    pub auxiliaries: u32,
 }
 
 impl<R> Dumped<R> {
@@ -277,13 +280,14 @@ impl<R> Dumped<R> {
             create_as: Actor::ANY,
             link_as: Actor::ANY,
             settle_as: Actor::ANY,
+            auxiliaries: 0,
         }
     }
 
     /// The same with another record type.
     pub fn map<S>(self, f: impl FnOnce(R) -> S) -> Dumped<S> {
-        let Self { record, version, after, uses, create_as, link_as, settle_as } = self;
-        Dumped { record: f(record), version, after, uses, create_as, link_as, settle_as }
+        let Self { record, version, after, uses, create_as, link_as, settle_as, auxiliaries } = self;
+        Dumped { record: f(record), version, after, uses, create_as, link_as, settle_as, auxiliaries }
     }
 }
 

@@ -15,4 +15,5 @@ pub mod snapshot;
 pub mod suite;
 pub mod sys;
 pub mod tool;
+pub mod unix;
 pub mod workloads;

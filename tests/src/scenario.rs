@@ -308,10 +308,22 @@ impl Stage {
     /// After `dump --leave-stopped`: sees that every task is stopped, and continues them.
     fn continue_tree(&self) -> Result<(), Failure> {
         for pid in self.pids() {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).doing("looking at a stopped task")?;
-            let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-            if !matches!(state, Some('T' | 'Z')) {
-                return Err(Failure::Changed("dump --leave-stopped", format!("pid {pid} is {state:?}")));
+            let began = Instant::now();
+            loop {
+                let stat =
+                    fs::read_to_string(format!("/proc/{pid}/stat")).doing("looking at a stopped task")?;
+                let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+                // One that is let go with a stop signal is on its way into the stop for an instant.
+                match state {
+                    Some('T' | 'Z') => break,
+                    Some('R') if began.elapsed() < Duration::from_secs(1) => {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    _ => {
+                        let what = format!("pid {pid} is {state:?}");
+                        return Err(Failure::Changed("dump --leave-stopped", what));
+                    }
+                }
             }
         }
         for pid in self.pids() {

@@ -19,7 +19,7 @@ struct Program {
     verifies: bool,
 }
 
-const PROGRAMS: [Program; 5] = [
+const PROGRAMS: [Program; 7] = [
     Program {
         name: "python",
         interpreter: "python3",
@@ -48,6 +48,23 @@ const PROGRAMS: [Program; 5] = [
         name: "perl",
         interpreter: "perl",
         argv: |exe, dir| vec![exe.into(), script("counter.pl"), dir.into()],
+        steady: false,
+        verifies: true,
+    },
+    Program {
+        name: "python_unix_server",
+        interpreter: "python3",
+        argv: |exe, dir| vec![exe.into(), script("unix_server.py"), dir.into()],
+        steady: false,
+        verifies: true,
+    },
+    Program {
+        name: "redis_unix",
+        interpreter: "redis-server",
+        argv: |exe, dir| {
+            let python = find("python3").unwrap_or_else(|| "/usr/bin/python3".into());
+            vec![python.to_string_lossy().into(), script("redis.py"), dir.into(), exe.into()]
+        },
         steady: false,
         verifies: true,
     },

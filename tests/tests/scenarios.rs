@@ -21,6 +21,24 @@ const SKIPPED: &[(&str, Option<Flavour>, Option<Variant>, &str)] = &[
     ("sleep_absolute", None, Some(Variant::Running), "points in time pass while the original runs on"),
     ("sleep_absolute", None, Some(Variant::NoCow), "points in time pass while the original runs on"),
     ("sleep_absolute", None, Some(Variant::Stopped), "points in time pass while the original is stopped"),
+    (
+        "unix_waiting_data",
+        None,
+        Some(Variant::Running),
+        "refused by name: the data can be had by accepting only",
+    ),
+    (
+        "unix_waiting_data",
+        None,
+        Some(Variant::NoCow),
+        "refused by name: the data can be had by accepting only",
+    ),
+    (
+        "unix_waiting_data",
+        None,
+        Some(Variant::Stopped),
+        "refused by name: the data can be had by accepting only",
+    ),
     ("sleep_relative", None, Some(Variant::Rounds), "the sleeps are over before the last round"),
     ("tree_fork_storm", None, Some(Variant::Stopped), "its processes end while the harness continues them"),
 ];

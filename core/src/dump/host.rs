@@ -94,6 +94,10 @@ impl HostAbi for DumpHost<'_> {
         opened.map_err(|errno| HookError::failed(format!("duplicating handle {id}"), errno)).into()
     }
 
+    fn open_auxiliary(&self, handle: u32, _: u32) -> AbiResult<i32> {
+        RResult::RErr(HookError::invalid(format!("auxiliaries of handle {handle} are for restore only")))
+    }
+
     fn open_proc(&self, pid: i32) -> AbiResult<i32> {
         self.proc(pid).map(|(_, fd)| fd.into_raw_fd()).into()
     }

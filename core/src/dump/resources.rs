@@ -58,6 +58,7 @@ pub(super) fn objects(context: &Context<'_>) -> Result<(), DumpError> {
             link_as: Some(dumped.link_as.into()),
             settle_as: Some(dumped.settle_as.into()),
             description: object.description.clone(),
+            auxiliaries: dumped.auxiliaries,
         })?;
     }
     Ok(())

@@ -15,6 +15,8 @@ const PAGE: u64 = 4096;
 const MAX_DESCRIPTOR: u32 = 1 << 30;
 /// Highest pid that the kernel gives (include/linux/threads.h, PID_MAX_LIMIT).
 const MAX_PID: i32 = 1 << 22;
+/// More than any object has use for; each takes a descriptor number while a tree is restored.
+const MAX_AUXILIARIES: u32 = 16;
 /// Largest extended state accepted; AMX needs 11 KiB.
 const MAX_XSTATE: usize = 64 << 10;
 /// `struct user_regs_struct`.
@@ -461,6 +463,8 @@ fn check_objects(known: &Known<'_>) -> Check {
             place.field("handle", *handle, mine)?;
         }
         owned += own.len();
+        let few = object.auxiliaries <= if own.is_empty() { 0 } else { MAX_AUXILIARIES };
+        place.field("number of auxiliaries", object.auxiliaries, few)?;
         object.after.iter().try_for_each(|other| place.exists(RecordKind::Object, &image.objects, *other))?;
         object
             .uses

@@ -184,19 +184,24 @@ impl<H: HostAbi> CallContext<'_, H> {
         self.call(kind, Hook::Commit, |hook, host| hook.commit(host, object))
     }
 
-    /// See [`stasis_plugin_api::Descriptor::create`]: as many descriptors as the object has handles.
+    /// See [`stasis_plugin_api::Descriptor::create`]: as many descriptors as the object has handles, then `auxiliaries`.
     pub fn create(
         &self,
         kind: &DescriptorKind,
         object: &ObjectInfo,
+        auxiliaries: u32,
         record: &[u8],
     ) -> Result<Vec<OwnedFd>, PluginError> {
         let fds = self.call(kind, Hook::Create, |hook, host| hook.create(host, object, record.into()))?;
         let fds = self.own(kind, Hook::Create, fds)?;
-        if fds.len() == object.handles.len() {
+        if fds.len() == object.handles.len() + auxiliaries as usize {
             return Ok(fds);
         }
-        let what = format!("{} descriptors were made for {} handles", fds.len(), object.handles.len());
+        let handles = object.handles.len();
+        let what = format!(
+            "{} descriptors were made for {handles} handles and {auxiliaries} auxiliaries",
+            fds.len()
+        );
         Err(self.error(kind, Hook::Create, HookError::invalid(what)))
     }
 

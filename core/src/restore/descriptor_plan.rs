@@ -306,7 +306,8 @@ impl Planner<'_> {
             .values()
             .filter(|object| object.create_as.is_some_and(|a| a.kind() != ActorKind::Any));
         let parked: usize = actors.map(|object| object.handles.len()).sum();
-        let parked = parked + self.image.handles.values().filter(parks).count();
+        let auxiliaries: usize = self.image.objects.values().map(|object| object.auxiliaries as usize).sum();
+        let parked = parked + auxiliaries + self.image.handles.values().filter(parks).count();
         let shards = self.image.shards.keys().next_back().map_or(0, |last| *last as usize + 1);
         // For the while: a pidfd for each creator, and what one hook has just made.
         let most = self.image.objects.values().map(|object| object.handles.len()).max().unwrap_or(0);

@@ -108,8 +108,18 @@ impl<'a> TaskDescriptors<'a> {
 
     fn create_object(&mut self, id: u32, early: bool) -> Result<()> {
         let Some((object, kind, info)) = self.find(id)? else { return Ok(()) };
-        let fds =
-            self.call(object, object.create_as, |context| context.create(kind, &info, &object.record))?;
+        let further = object.auxiliaries;
+        let create =
+            |context: &CallContext<'_, RestoreHost<'_>>| context.create(kind, &info, further, &object.record);
+        let mut fds = self.call(object, object.create_as, create)?;
+        let auxiliaries = fds.split_off(info.handles.len());
+        if let Some(first) = info.handles.first() {
+            for (index, fd) in (0..).zip(auxiliaries) {
+                let number = self.move_up(fd)?.into_raw_fd();
+                self.parked.push(number);
+                self.world.locations.set_auxiliary(first.id, index, number);
+            }
+        }
         let ids = info.handles.iter().map(|handle| handle.id);
         self.place(ids.zip(fds).collect(), early)
     }

@@ -63,12 +63,16 @@ fn refused<T>(what: &str) -> AbiResult<T> {
 }
 
 impl RestoreHost<'_> {
-    fn duplicate(&self, id: u32) -> Result<OwnedFd, HookError> {
+    fn duplicate(&self, id: u32, auxiliary: Option<u32>) -> Result<OwnedFd, HookError> {
         let failed = |error| HookError::failed(format!("getting handle {id}"), error);
         let Some(world) = self.world else { return self.duplicate_outside(id) };
         let creator = self.plans.descriptors.creator.get(&id).copied();
         let creator = creator.ok_or_else(|| HookError::invalid(format!("there is no handle {id}")))?;
-        let number = world.locations.get(id).ok_or_else(|| {
+        let location = match auxiliary {
+            None => world.locations.get(id),
+            Some(index) => world.locations.auxiliary(id, index),
+        };
+        let number = location.ok_or_else(|| {
             HookError::invalid(format!(
                 "handle {id} is not created yet (name it in `after` to have it in `create`)"
             ))
@@ -154,7 +158,10 @@ impl HostAbi for RestoreHost<'_> {
         descriptors.iter().find(|d| d.number as i32 == fd).map(|d| d.handle).into()
     }
     fn open_handle(&self, id: u32) -> AbiResult<i32> {
-        self.duplicate(id).map(IntoRawFd::into_raw_fd).into()
+        self.duplicate(id, None).map(IntoRawFd::into_raw_fd).into()
+    }
+    fn open_auxiliary(&self, handle: u32, index: u32) -> AbiResult<i32> {
+        self.duplicate(handle, Some(index)).map(IntoRawFd::into_raw_fd).into()
     }
     fn open_proc(&self, _: i32) -> AbiResult<i32> {
         refused("open_proc")

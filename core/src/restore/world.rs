@@ -231,9 +231,11 @@ fn occupied() -> Result<Vec<std::ops::Range<u64>>> {
 }
 
 /// A table in memory shared by all tasks: descriptor number of each handle in its creator, plus one; 0 as long as it is
-/// not created.
+/// not created. Auxiliary descriptors of an object follow its first handle.
 pub struct Locations {
     index: BTreeMap<u32, usize>,
+    /// Place of an object's first auxiliary, and how many there are, by each of its handles.
+    auxiliaries: BTreeMap<u32, (usize, u32)>,
     table: &'static [AtomicI32],
 }
 
@@ -241,7 +243,13 @@ impl Locations {
     fn new(image: &Image) -> Result<Self> {
         let index: BTreeMap<u32, usize> =
             image.handles.keys().enumerate().map(|(at, &id)| (id, at)).collect();
-        let size = (index.len() * size_of::<AtomicI32>()).max(1);
+        let mut places = index.len();
+        let mut auxiliaries = BTreeMap::new();
+        for object in image.objects.values().filter(|object| object.auxiliaries > 0) {
+            auxiliaries.extend(object.handles.iter().map(|&handle| (handle, (places, object.auxiliaries))));
+            places += object.auxiliaries as usize;
+        }
+        let size = (places * size_of::<AtomicI32>()).max(1);
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let address = unsafe {
@@ -251,14 +259,35 @@ impl Locations {
             return Err(RestoreError::system("map shared memory")(std::io::Error::last_os_error()));
         }
         // SAFETY: zeroed memory of that size, which is never unmapped by this program.
-        let table = unsafe { std::slice::from_raw_parts(address.cast::<AtomicI32>(), index.len()) };
-        Ok(Self { index, table })
+        let table = unsafe { std::slice::from_raw_parts(address.cast::<AtomicI32>(), places) };
+        Ok(Self { index, auxiliaries, table })
     }
 
     /// Where a handle is.
     pub fn get(&self, handle: u32) -> Option<i32> {
-        let number = self.table.get(*self.index.get(&handle)?)?.load(Ordering::Acquire);
+        self.read(*self.index.get(&handle)?)
+    }
+
+    /// Where an auxiliary descriptor of a handle's object is.
+    pub fn auxiliary(&self, handle: u32, index: u32) -> Option<i32> {
+        self.read(self.auxiliary_place(handle, index)?)
+    }
+
+    fn auxiliary_place(&self, handle: u32, index: u32) -> Option<usize> {
+        let &(first, count) = self.auxiliaries.get(&handle)?;
+        (index < count).then_some(first + index as usize)
+    }
+
+    fn read(&self, place: usize) -> Option<i32> {
+        let number = self.table.get(place)?.load(Ordering::Acquire);
         (number > 0).then_some(number - 1)
+    }
+
+    /// Says where an auxiliary descriptor is.
+    pub fn set_auxiliary(&self, handle: u32, index: u32, number: i32) {
+        if let Some(slot) = self.auxiliary_place(handle, index).and_then(|place| self.table.get(place)) {
+            slot.store(number + 1, Ordering::Release);
+        }
     }
 
     /// Says where a handle is.

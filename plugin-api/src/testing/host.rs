@@ -45,6 +45,8 @@ pub struct FakeHost {
     /// Sessions with a terminal.
     pub sessions: Vec<SessionInfo>,
     pub(super) handles: BTreeMap<u32, Handle>,
+    /// What `create` made beyond handles, by handle of the object.
+    pub(super) auxiliaries: RefCell<BTreeMap<u32, Vec<OwnedFd>>>,
     pub(super) restoring: bool,
 }
 
@@ -193,6 +195,17 @@ impl HostAbi for FakeHost {
     }
     fn open_handle(&self, id: u32) -> AbiResult<i32> {
         across(self.duplicate(id).map(IntoRawFd::into_raw_fd))
+    }
+    fn open_auxiliary(&self, handle: u32, index: u32) -> AbiResult<i32> {
+        let auxiliaries = self.auxiliaries.borrow();
+        let of_object = auxiliaries.get(&handle);
+        let fd = of_object
+            .and_then(|fds| fds.get(index as usize))
+            .ok_or_else(|| HookError::invalid(format!("handle {handle} has no auxiliary {index} (yet)")));
+        let copy = fd.and_then(|fd| {
+            fd.try_clone().map_err(|error| HookError::failed("duplicate of an auxiliary descriptor", error))
+        });
+        across(copy.map(IntoRawFd::into_raw_fd))
     }
     fn open_proc(&self, _: i32) -> AbiResult<i32> {
         let open =

@@ -187,17 +187,26 @@ impl Kit {
             }
         }
         self.host.restoring = true;
-        for object in &self.objects {
+        for object in self.in_order()? {
             let record = object.dumped.record.as_slice().into();
             let fds = self
                 .host
                 .call(|host| self.kind(object.kind)?.create(host, &object.info, record).into_result())?;
-            if fds.len() != object.info.handles.len() {
+            let handles = &object.info.handles;
+            if fds.len() != handles.len() + object.dumped.auxiliaries as usize {
                 return Err(HookError::invalid(format!("create gave {} descriptors", fds.len())));
             }
-            for (fd, handle) in fds.into_iter().zip(object.info.handles.iter()) {
-                // SAFETY: a hook gives its descriptors away.
-                install(unsafe { OwnedFd::from_raw_fd(fd) }, handle)?;
+            // SAFETY: a hook gives its descriptors away.
+            let mut fds: Vec<OwnedFd> =
+                fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+            let auxiliaries = fds.split_off(handles.len());
+            for (fd, handle) in fds.into_iter().zip(handles.iter()) {
+                install(fd, handle)?;
+            }
+            for handle in handles.iter() {
+                let copies = auxiliaries.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>();
+                let copies = copies.map_err(|error| HookError::failed("duplicate", error))?;
+                self.host.auxiliaries.borrow_mut().insert(handle.id, copies);
             }
         }
         for object in &self.objects {
@@ -209,8 +218,31 @@ impl Kit {
             self.host
                 .call(|host| self.kind(object.kind)?.settle(host, &object.info, record).into_result())?;
         }
+        self.host.auxiliaries.borrow_mut().clear();
         self.host.restoring = false;
         Ok(())
+    }
+
+    /// The objects, each after those it names in `after`.
+    fn in_order(&self) -> Result<Vec<&Object>> {
+        let (mut ordered, mut waiting) = (Vec::new(), self.objects.iter().collect::<Vec<_>>());
+        while !waiting.is_empty() {
+            let blocked = |object: &Object, others: &[&Object]| {
+                let mut handles = object.dumped.after.iter();
+                let own = |other: &&Object| std::ptr::eq(*other, object);
+                handles.any(|id| {
+                    others.iter().any(|other| !own(other) && other.info.handles.iter().any(|h| h.id == *id))
+                })
+            };
+            let (later, now): (Vec<_>, Vec<_>) =
+                waiting.iter().copied().partition(|object| blocked(object, &waiting));
+            if now.is_empty() {
+                return Err(HookError::invalid("the objects wait for each other"));
+            }
+            ordered.extend(now);
+            waiting = later;
+        }
+        Ok(ordered)
     }
 
     fn kind(&self, kind: &str) -> Result<&DescriptorBox> {

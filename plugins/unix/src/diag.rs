@@ -18,15 +18,17 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLMSG_ERROR: u16 = 2;
 /// linux/unix_diag.h
 const UDIAG_SHOW_PEER: u32 = 4;
+const UDIAG_SHOW_ICONS: u32 = 8;
 const UDIAG_SHOW_RQLEN: u32 = 16;
 const UNIX_DIAG_PEER: u16 = 2;
+const UNIX_DIAG_ICONS: u16 = 3;
 const UNIX_DIAG_RQLEN: u16 = 4;
 const UNIX_DIAG_SHUTDOWN: u16 = 6;
 
 /// What the kernel says about a socket.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Diag {
-    /// Inode of the peer; `Some(0)` if it is connected to a socket that was closed.
+    /// Inode of the peer; `Some(0)` if it is connected to a socket that was closed, or that was not accepted yet.
     pub peer: Option<u32>,
     /// Bytes to read, or connections to accept.
     pub receive_queue: u32,
@@ -34,6 +36,8 @@ pub(crate) struct Diag {
     pub write_queue: u32,
     /// 1 receive, 2 send.
     pub shutdown: u32,
+    /// Of a listener: inodes of the clients that are not accepted yet, the next one first; 0 for one that was closed.
+    pub waiting: Vec<u32>,
 }
 
 /// The net namespace of a socket.
@@ -45,10 +49,18 @@ pub(crate) fn namespace(socket: BorrowedFd<'_>) -> Result<File> {
 
 /// Asks for the socket with inode number `ino`, in the net namespace of `socket`.
 pub(crate) fn query(socket: BorrowedFd<'_>, ino: u64) -> Result<Diag> {
+    ask(&open(socket)?, ino)
+}
+
+/// Asks for the socket with inode number `ino`, in the net namespace of this process.
+pub(crate) fn query_here(ino: u64) -> Result<Diag> {
+    ask(&open_here()?, ino)
+}
+
+fn ask(netlink: &OwnedFd, ino: u64) -> Result<Diag> {
     let what = || format!("sock_diag for socket:[{ino}]");
     let ino = u32::try_from(ino).map_err(|_| HookError::invalid(format!("{}: number too large", what())))?;
-    let netlink = open(socket)?;
-    let answer = exchange(&netlink, &request(ino)).map_err(|error| HookError::failed(what(), error))?;
+    let answer = exchange(netlink, &request(ino)).map_err(|error| HookError::failed(what(), error))?;
     parse(&answer).map_err(|error| HookError::failed(what(), error))
 }
 
@@ -93,7 +105,7 @@ fn request(ino: u32) -> Vec<u8> {
     bytes.extend([libc::AF_UNIX as u8, 0, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes()); // states
     bytes.extend(ino.to_ne_bytes());
-    bytes.extend((UDIAG_SHOW_PEER | UDIAG_SHOW_RQLEN).to_ne_bytes());
+    bytes.extend((UDIAG_SHOW_PEER | UDIAG_SHOW_ICONS | UDIAG_SHOW_RQLEN).to_ne_bytes());
     bytes.extend([0xff; 8]); // no cookie
     bytes
 }
@@ -104,7 +116,8 @@ fn exchange(netlink: &OwnedFd, request: &[u8]) -> io::Result<Vec<u8>> {
     if unsafe { libc::send(fd, request.as_ptr().cast(), request.len(), 0) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    let mut answer = vec![0u8; 8192];
+    // net.core.somaxconn is 4096 as a rule.
+    let mut answer = vec![0u8; 65536];
     // SAFETY: writes at most the vector's length.
     let length = unsafe { libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0) };
     if length < 0 {
@@ -140,6 +153,10 @@ fn parse(answer: &[u8]) -> io::Result<Diag> {
         }
         match kind {
             UNIX_DIAG_PEER => diag.peer = Some(u32_at(at + 4)?),
+            UNIX_DIAG_ICONS => {
+                let waiting = (at + 4..at + length).step_by(4).map(u32_at);
+                diag.waiting = waiting.collect::<io::Result<_>>()?;
+            }
             UNIX_DIAG_RQLEN => {
                 diag.receive_queue = u32_at(at + 4)?;
                 diag.write_queue = u32_at(at + 8)?;

@@ -1,343 +1,417 @@
 //! From live sockets to a record.
 
 use crate::{
-    diag::{self, Diag},
-    options,
-    queue::{self, Message},
-    record::stasis::unix::v1::{Credentials, End, Message as Saved, Node, Shape, Sockets},
+    EXTERNAL_SOCKETS,
+    census::{Census, Queued, Socket},
+    credentials::Context,
+    name, options,
+    queue::Message,
+    receive::receive_queue,
+    record::stasis::unix::v1::{End, Message as Saved, Name, Parcel, Shape, Sockets, Source, Waiting},
     sys,
 };
-use stasis_plugin_api::{Actor, Described, Dumped, HandleInfo, HookError, Host, ObjectInfo, Result};
+use prost::Message as _;
+use stasis_plugin_api::{Described, Dumped, HandleInfo, HookError, Host, ObjectInfo, Result};
 use std::{
-    fs::{self, File},
     io::Write,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd},
-        unix::fs::MetadataExt,
-    },
+    os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd},
 };
 
-fn name(ino: u64) -> String {
+fn label(ino: u64) -> String {
     format!("socket:[{ino}] (unix)")
 }
 
-/// The pair is named by the smaller inode number; that end has role 0.
-pub(crate) fn describe(handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
-    let diag = diag::query(fd, handle.ino)?;
-    let peer = diag.peer.map_or(0, u64::from);
-    let (identity, role) = match peer {
-        0 => (handle.ino, 0),
-        peer if handle.ino < peer => (handle.ino, 0),
-        peer => (peer, 1),
+/// A pair is named by the smaller inode number; that end has role 0.
+pub(crate) fn describe(census: &mut Census, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
+    let socket = Socket::read(handle, fd)?;
+    let (identity, role) = match socket.peer_ino().filter(|_| socket.paired) {
+        Some(peer) if peer < socket.ino => (peer, 1),
+        _ => (socket.ino, 0),
     };
     let mut described = Described {
         identity: identity.to_string().into(),
         role,
-        description: name(handle.ino).into(),
+        description: label(socket.ino).into(),
         ..Described::default()
     };
-    for message in receive_queue(fd, handle.ino, &diag)? {
-        described.in_flight.extend(message.fds.into_iter().map(IntoRawFd::into_raw_fd));
+    let mut queue = Vec::new();
+    for mut message in receive_queue(fd, &socket, &label(socket.ino))? {
+        let fds = std::mem::take(&mut message.fds);
+        queue.push(Queued { fds: fds.len(), message });
+        described.in_flight.extend(fds.into_iter().map(IntoRawFd::into_raw_fd));
     }
+    census.insert(Socket { queue, ..socket });
     Ok(described)
 }
 
-fn receive_queue(fd: BorrowedFd<'_>, ino: u64, diag: &Diag) -> Result<Vec<Message>> {
-    let option = |option, label: &str| {
-        sys::get_int(fd, option).map_err(|error| HookError::failed(format!("reading {label}"), error))
-    };
-    if option(libc::SO_ACCEPTCONN, "SO_ACCEPTCONN")? != 0 {
-        return Ok(Vec::new());
-    }
-    let kind = option(libc::SO_TYPE, "SO_TYPE")?;
-    let state = sys::poll(fd).map_err(|error| HookError::failed("poll", error))?;
-    if state & libc::POLLIN == 0 && diag.receive_queue == 0 {
-        return Ok(Vec::new());
-    }
-    if state & libc::POLLPRI != 0 {
-        return Err(HookError::unsupported(name(ino), "out-of-band data is in its queue", ""));
-    }
-    // Older kernels have no such option.
-    if diag.receive_queue > 0 && sys::get_int(fd, 76).is_ok_and(|on| on != 0) {
-        return Err(HookError::unsupported(name(ino), "messages with SCM_PIDFD are in its queue", ""));
-    }
-    if kind == libc::SOCK_STREAM {
-        return queue::peek_stream(fd, diag.receive_queue as usize);
-    }
-    if state & libc::POLLERR != 0 {
-        // Any look at the queue would report the error, and so take it away from the program.
-        return Err(HookError::unsupported(
-            name(ino),
-            "an error is pending on a message socket",
-            "let the program read from the socket first",
-        ));
-    }
-    let silent = kind == libc::SOCK_SEQPACKET && diag.shutdown & 1 != 0;
-    queue::peek_messages(fd, silent.then_some(diag.receive_queue as usize))
+/// One end of the object.
+struct Side<'a> {
+    socket: &'a Socket,
+    fd: OwnedFd,
+    role: u32,
 }
 
-pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Sockets>> {
-    let first = object.handles.first().ok_or_else(|| HookError::invalid("an object without handles"))?;
-    let label = name(first.ino);
-    let holder = holder(host, object)?;
-    let context = Context { host, holder, proc: File::from(host.open_proc(holder)?) };
+pub(crate) fn dump(host: &Host<'_>, census: &Census, object: &ObjectInfo) -> Result<Dumped<Sockets>> {
+    let context = Context::new(host, object)?;
+    let unknown = || HookError::invalid("a socket that was not described");
     // Described in the order of `handles`, hence in flight in that order.
     let mut in_flight = object.in_flight.iter().copied();
-    let mut record = Sockets::default();
     let mut sides = Vec::new();
+    let mut ends = Vec::new();
     for handle in &object.handles {
+        let socket = census.get(handle.ino).ok_or_else(unknown)?;
         let fd = host.open_handle(handle.id)?;
-        let diag = diag::query(fd.as_fd(), handle.ino)?;
-        context.check_network(fd.as_fd(), &label)?;
-        let queue = receive_queue(fd.as_fd(), handle.ino, &diag)?;
-        let end = context.end(object.id, handle, fd.as_fd(), &diag, queue, &mut in_flight)?;
-        sides.push((handle, fd, diag, end));
+        context.check_network(fd.as_fd(), &label(socket.ino))?;
+        let dumper = Dumper { context: &context, census, label: label(socket.ino) };
+        ends.push((handle.role, dumper.end(object.id, handle.role, socket, fd.as_fd(), &mut in_flight)?));
+        sides.push(Side { socket, fd, role: handle.role });
     }
     if in_flight.next().is_some() {
-        return Err(HookError::invalid("the queue has lost descriptors since it was described"));
+        return Err(HookError::invalid("more descriptors are in flight than the queue has"));
     }
-    sides.sort_by_key(|(handle, ..)| handle.role);
-    let (handle, fd, diag, _) = &sides[0];
-    let get = |option| sys::get_int(fd.as_fd(), option);
-    record.r#type = get(libc::SO_TYPE).map_err(|error| HookError::failed("reading SO_TYPE", error))?;
-    let listening =
-        get(libc::SO_ACCEPTCONN).map_err(|error| HookError::failed("reading SO_ACCEPTCONN", error))? != 0;
-    record.address = sys::local_address(fd.as_fd())?;
-    record.shape = shape(&label, sides.len(), diag, listening)?.into();
-    record.backlog = if listening { diag.write_queue } else { 0 };
-    for (_, fd, ..) in &sides {
-        if matches!(record.shape(), Shape::Pair | Shape::Orphan)
-            && !sys::local_address(fd.as_fd())?.is_empty()
-        {
-            return Err(HookError::unsupported(
-                label,
-                "it was connected through a listening or named socket",
-                "connections with named unix sockets are not supported yet; close them first",
-            ));
-        }
-    }
-    if record.shape() == Shape::Single && !sides[0].3.queue.is_empty() {
+    sides.sort_by_key(|side| side.role);
+    ends.sort_by_key(|(role, _)| *role);
+    let first = sides.first().ok_or_else(|| HookError::invalid("an object without handles"))?;
+    let dumper = Dumper { context: &context, census, label: label(first.socket.ino) };
+    let mut dumped = Dumped::new(Sockets {
+        r#type: first.socket.kind,
+        ends: ends.into_iter().map(|(_, end)| end).collect(),
+        inode: first.socket.ino,
+        ..Sockets::default()
+    });
+    if let [_, second] = &sides[..]
+        && second.socket.credentials != first.socket.credentials
+    {
         return Err(HookError::unsupported(
-            label,
-            "datagrams of other senders are in its queue",
-            "let the program read them first",
+            dumper.label,
+            "its two ends have different SO_PEERCRED",
+            "close it first",
         ));
     }
-    record.node = context.node(&record.address, &label)?;
-    let peer = peer_credentials(fd.as_fd())?;
-    if sides.len() == 2 && peer_credentials(sides[1].1.as_fd())? != peer {
-        return Err(HookError::unsupported(label, "its two ends have different SO_PEERCRED", ""));
-    }
-    let create_as = match peer {
-        (0, ..) => Actor::ANY,
-        peer => {
-            let (actor, credentials) = context.creator(peer, &label)?;
-            record.peer = Some(credentials);
-            actor
-        }
-    };
-    tracing::debug!(ino = handle.ino, shape = ?record.shape(), "unix socket");
-    record.ends = sides.into_iter().map(|(.., end)| end).collect();
-
-    let mut dumped = Dumped::new(record);
-    dumped.create_as = create_as;
     dumped.uses =
         object.handles.iter().map(|handle| handle.id).chain(object.in_flight.iter().copied()).collect();
-    if dumped.record.shape() == Shape::Orphan {
-        // The peer that fills the queue lives in `create` only.
-        dumped.after = object.in_flight.clone();
+    let senders = dumped.record.ends.iter().flat_map(|end| &end.queue).map(|message| message.sender_handle);
+    dumped.uses.extend(senders.filter(|handle| *handle != 0).collect::<Vec<_>>());
+    if sides.len() == 1 {
+        dumper.single(first.socket, &mut dumped)?;
     }
+    dumper.actors(first, &mut dumped)?;
+    tracing::debug!(ino = first.socket.ino, shape = ?dumped.record.shape(), "unix socket");
     Ok(dumped)
 }
 
-fn shape(label: &str, ends: usize, diag: &Diag, listening: bool) -> Result<Shape> {
-    match (ends, diag.peer) {
-        (_, None) if listening && diag.receive_queue > 0 => Err(HookError::unsupported(
-            label,
-            format!("{} connections wait to be accepted", diag.receive_queue),
-            "let the program accept them first",
-        )),
-        (_, None) if listening => Ok(Shape::Listener),
-        (_, None) => Ok(Shape::Single),
-        (_, Some(0)) => Ok(Shape::Orphan),
-        (2, Some(_)) => Ok(Shape::Pair),
-        (_, Some(peer)) => Err(HookError::unsupported(
-            label,
-            format!("its peer socket:[{peer}] is outside the tree, or not connected to it in turn"),
-            "dump a tree that holds both ends, or close the connection first",
-        )),
-    }
+/// What the records of one object are made with.
+struct Dumper<'a, 'c, 'h> {
+    context: &'a Context<'c, 'h>,
+    census: &'a Census,
+    label: String,
 }
 
-/// A task whose namespaces are those of the socket; sockets that are only in flight are taken for the root's.
-fn holder(host: &Host<'_>, object: &ObjectInfo) -> Result<i32> {
-    let of_handles = object.handles.iter().find_map(|handle| handle.holders.first()).map(|holder| holder.pid);
-    let of_tree = || host.tasks().first().map(|task| task.pid);
-    of_handles.or_else(of_tree).ok_or_else(|| HookError::invalid("the tree has no task"))
-}
-
-fn peer_credentials(fd: BorrowedFd<'_>) -> Result<(i32, u32, u32)> {
-    let bytes = sys::get_option(fd, libc::SO_PEERCRED, size_of::<libc::ucred>())
-        .map_err(|error| HookError::failed("reading SO_PEERCRED", error))?;
-    let word = |at: usize| -> Result<[u8; 4]> {
-        let bytes = bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-        bytes.ok_or_else(|| HookError::invalid("SO_PEERCRED is too short"))
-    };
-    Ok((i32::from_ne_bytes(word(0)?), u32::from_ne_bytes(word(4)?), u32::from_ne_bytes(word(8)?)))
-}
-
-/// An id of our user namespace as one of the namespace that an id map belongs to.
-fn inside(map: &str, outside: u32) -> Option<u32> {
-    map.lines().find_map(|line| {
-        let mut numbers = line.split_whitespace().map(|number| number.parse::<u32>().ok());
-        let (first, start, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
-        let offset = outside.checked_sub(start).filter(|offset| *offset < count)?;
-        first.checked_add(offset)
-    })
-}
-
-/// A task whose namespaces count, and ways to ask for them.
-struct Context<'a, 'h> {
-    host: &'a Host<'h>,
-    holder: i32,
-    proc: File,
-}
-
-impl Context<'_, '_> {
-    fn path(&self, file: &str) -> String {
-        format!("/proc/self/fd/{}/{file}", self.proc.as_raw_fd())
-    }
-
-    fn check_network(&self, fd: BorrowedFd<'_>, label: &str) -> Result<()> {
-        let stat = |result: std::io::Result<fs::Metadata>| {
-            result.map(|stat| stat.ino()).map_err(|error| HookError::failed("stat of a net namespace", error))
-        };
-        let socket = stat(diag::namespace(fd)?.metadata())?;
-        let task = stat(fs::metadata(self.path("ns/net")))?;
-        if socket == task {
-            return Ok(());
-        }
-        let why = format!("it belongs to net:[{socket}], and its holder {} is in net:[{task}]", self.holder);
-        Err(HookError::unsupported(label, why, ""))
-    }
-
-    fn id(&self, map: &str, outside: u32, label: &str) -> Result<u32> {
-        let path = self.path(map);
-        let text = fs::read_to_string(&path)
-            .map_err(|error| HookError::failed(format!("reading {map} of task {}", self.holder), error))?;
-        inside(&text, outside).ok_or_else(|| {
-            let why =
-                format!("id {outside} of its creator or sender does not exist in the tree's user namespace");
-            HookError::unsupported(label, why, "")
-        })
-    }
-
-    /// What a process number of ours is within the tree.
-    fn task(&self, host_pid: i32) -> Option<i32> {
-        self.host.tasks().iter().find(|task| task.host_pid == host_pid).map(|task| task.pid)
-    }
-
-    /// As whom `create` must run so that SO_PEERCRED is what it was.
-    fn creator(&self, (pid, uid, gid): (i32, u32, u32), label: &str) -> Result<(Actor, Credentials)> {
-        let uid = self.id("uid_map", uid, label)?;
-        let gid = self.id("gid_map", gid, label)?;
-        let actor = if let Some(task) = self.task(pid) {
-            Actor::task(task)
-        } else if self.host.tasks().iter().any(|task| task.host_pid != task.pid) {
-            let why =
-                format!("it was created by process {pid}, which is gone or not in the tree's pid namespace");
-            return Err(HookError::unsupported(label, why, "dump a tree that holds the creator"));
-        } else if fs::exists(format!("/proc/{pid}")).unwrap_or(true) {
-            let why = format!("it was created by process {pid}, which is not part of the tree");
-            return Err(HookError::unsupported(label, why, "dump a tree that holds the creator"));
-        } else {
-            Actor::stand_in(pid)
-        };
-        Ok((actor.with_ids(uid, gid), Credentials { pid: actor.pid, uid, gid }))
-    }
-
-    /// Credentials of a queued message.
-    fn sender(&self, credentials: libc::ucred, label: &str) -> Result<Option<Credentials>> {
-        // 0: the message was sent without, and the kernel filled in nobody.
-        if credentials.pid == 0 {
-            return Ok(None);
-        }
-        let pid = self.task(credentials.pid).ok_or_else(|| {
-            let why =
-                format!("a message from process {}, outside the tree, is in its queue", credentials.pid);
-            HookError::unsupported(label, why, "let the program read it first")
-        })?;
-        let uid = self.id("uid_map", credentials.uid, label)?;
-        let gid = self.id("gid_map", credentials.gid, label)?;
-        Ok(Some(Credentials { pid, uid, gid }))
-    }
-
+impl Dumper<'_, '_, '_> {
     fn end(
         &self,
         object: u32,
-        handle: &HandleInfo,
+        role: u32,
+        socket: &Socket,
         fd: BorrowedFd<'_>,
-        diag: &Diag,
-        queue: Vec<Message>,
         in_flight: &mut impl Iterator<Item = u32>,
     ) -> Result<End> {
-        let label = name(handle.ino);
         let state = sys::poll(fd).map_err(|error| HookError::failed("poll", error))?;
-        let mut end = End {
-            shutdown: diag.shutdown,
-            options: options::read(fd, &label)?,
-            queue: Vec::new(),
-            reset: state & libc::POLLERR != 0,
+        let mut end =
+            End { shutdown: socket.diag.shutdown, reset: state & libc::POLLERR != 0, ..End::default() };
+        end.name = match self.census.was_accepted(socket) {
+            // The file is the listener's.
+            true => Some(Name { address: socket.own.clone(), node: None }),
+            false => name::read(self.context, fd, &socket.own, &self.label)?,
         };
-        let blob = blob(object, handle.role);
-        let mut blob = self.host.blob_writer(&blob);
-        for message in queue {
-            blob.write_all(&message.data).map_err(|error| HookError::failed("writing queued data", error))?;
-            let handles: Vec<u32> = in_flight.by_ref().take(message.fds.len()).collect();
-            if handles.len() != message.fds.len() {
-                return Err(HookError::invalid("the queue has new descriptors since it was described"));
-            }
-            let credentials = match message.credentials {
-                Some(credentials) => self.sender(credentials, &label)?,
-                None => None,
-            };
-            end.queue.push(Saved { length: message.data.len() as u64, in_flight: handles, credentials });
+        options::read(fd, &mut end, &self.label)?;
+        // SO_PASSPIDFD (asm-generic/socket.h) gives the sender, too. Older kernels do not have it.
+        let shown = [libc::SO_PASSCRED, 76].map(|option| sys::get_int(fd, option).is_ok_and(|on| on != 0));
+        let blob = blob(object, role);
+        let mut blob = self.context.host.blob_writer(&blob);
+        for queued in &socket.queue {
+            blob.write_all(&queued.message.data)
+                .map_err(|error| HookError::failed("writing queued data", error))?;
+            let saved = self.message(socket, queued, shown.contains(&true), in_flight)?;
+            end.queue.push(saved);
         }
         Ok(end)
     }
 
-    /// The file behind an address that is a path.
-    fn node(&self, address: &[u8], label: &str) -> Result<Option<Node>> {
-        let end = address.iter().position(|byte| *byte == 0).unwrap_or(address.len());
-        if end == 0 {
-            return Ok(None);
+    fn message(
+        &self,
+        socket: &Socket,
+        Queued { message, fds }: &Queued,
+        shown: bool,
+        in_flight: &mut impl Iterator<Item = u32>,
+    ) -> Result<Saved> {
+        let handles: Vec<u32> = in_flight.by_ref().take(*fds).collect();
+        if handles.len() != *fds {
+            return Err(HookError::invalid("fewer descriptors are in flight than were described"));
         }
-        let refuse = |why: &str, remedy: &str| Err(HookError::unsupported(label, why, remedy));
-        let Ok(path) = std::str::from_utf8(&address[..end]) else {
-            return refuse("its path is not valid UTF-8", "");
+        let credentials = match message.credentials {
+            Some(credentials) => self.context.sender(credentials, shown, &self.label)?,
+            None => None,
         };
-        let Some(relative) = path.strip_prefix('/') else {
-            return refuse(
-                "its path is relative to a directory that is not known",
-                "bind it to an absolute path",
-            );
-        };
-        if fs::read_link(self.path("root")).is_ok_and(|root| root.as_os_str() != "/") {
-            return refuse("its holder has another root directory", "");
+        // Of connected ones only datagrams have senders, and those can be others than the peer.
+        let sender = if socket.kind == libc::SOCK_DGRAM { message.sender.clone() } else { Vec::new() };
+        let known = self.census.bound(socket.kind, &sender).map_or(0, |known| known.handle);
+        Ok(Saved {
+            length: message.data.len() as u64,
+            in_flight: handles,
+            credentials,
+            sender,
+            sender_handle: known,
+        })
+    }
+
+    /// What a socket is to others, if it is not one end of a whole pair.
+    fn single(&self, socket: &Socket, dumped: &mut Dumped<Sockets>) -> Result<()> {
+        if socket.listening {
+            return self.listener(socket, dumped);
         }
-        let stat = match fs::symlink_metadata(self.path(&format!("root/{relative}"))) {
-            Ok(stat) if stat.mode() & libc::S_IFMT == libc::S_IFSOCK => stat,
-            _ => {
-                return refuse(
-                    &format!("its file {path} was removed"),
-                    "unlinked socket files are not supported yet",
-                );
+        let named = !(socket.own.is_empty() && socket.peer.is_empty());
+        let dgram = socket.kind == libc::SOCK_DGRAM;
+        let shape = match (socket.diag.peer, self.census.peer(socket)) {
+            (None, _) => Shape::Single,
+            (Some(0), _) if let Some(listener) = self.census.waits_at(socket) => {
+                return self.waiting(socket, listener, dumped);
+            }
+            (Some(0), _) if !socket.peer_closed() => return self.external(socket, dumped),
+            (Some(0), _) if dgram && socket.credentials.is_known() => Shape::Orphan,
+            (Some(0), _) if dgram => {
+                dumped.record.peer_address = socket.peer.clone();
+                dumped.record.peer_closed = true;
+                Shape::Single
+            }
+            (Some(0), _) if !named => Shape::Orphan,
+            (Some(0), _) if socket.peer.is_empty() => Shape::LostAccepted,
+            (Some(0), _) => Shape::LostClient,
+            // The other end of a pair would be in this object, if it were in the tree.
+            (Some(_), None) => return self.external(socket, dumped),
+            (Some(_), Some(peer)) if dgram => return self.datagram_peer(socket, peer, dumped),
+            (Some(_), Some(peer)) => {
+                dumped.record.peer_handle = peer.handle;
+                dumped.uses.push(peer.handle);
+                match self.census.is_client(socket, peer) {
+                    true => Shape::Client,
+                    false => Shape::Accepted,
+                }
             }
         };
-        let (uid, gid) = (self.id("uid_map", stat.uid(), label)?, self.id("gid_map", stat.gid(), label)?);
-        let mode = stat.mode() & 0o7777;
-        Ok(Some(Node { path: path.to_owned(), mode, uid, gid, dev: stat.dev(), ino: stat.ino() }))
+        dumped.record.set_shape(shape);
+        match shape {
+            // Whom `create` gives an auxiliary end that is closed later.
+            Shape::Orphan => dumped.auxiliaries = 1,
+            Shape::LostClient => {
+                dumped.auxiliaries = 1;
+                dumped.record.peer_address = socket.peer.clone();
+                self.source(socket, socket, dumped)?;
+            }
+            Shape::LostAccepted => {
+                dumped.auxiliaries = 1;
+                self.source_of_lost(socket, dumped);
+            }
+            Shape::Client => {
+                dumped.record.peer_address = socket.peer.clone();
+                let host = self.census.host(socket.kind, &socket.peer, socket.credentials);
+                // With a tree's own listener nobody needs to make one.
+                if self.own_listener(socket)?.is_none() && host.is_some_and(|host| host.ino == socket.ino) {
+                    dumped.record.hosts = true;
+                    dumped.auxiliaries = 1 + u32::from(name::path(&socket.peer).is_some());
+                }
+            }
+            Shape::Accepted => {
+                if let Some(client) = self.census.peer(socket) {
+                    dumped.after.push(client.handle);
+                    self.source(socket, client, dumped)?;
+                }
+            }
+            _ => dumped.auxiliaries = u32::from(name::path(&socket.own).is_some()),
+        }
+        Ok(())
     }
+
+    /// The listener of the tree through which a client can be connected again: where names are abstract, nobody else can
+    /// have the name at the same time.
+    fn own_listener(&self, client: &Socket) -> Result<Option<&Socket>> {
+        let listener = self.census.listener(client.kind, &client.peer);
+        match listener.filter(|_| name::path(&client.peer).is_none()) {
+            Some(listener) if listener.credentials != client.credentials => Err(HookError::unsupported(
+                &self.label,
+                format!(
+                    "it was connected at {} before another process listened there",
+                    name::shown(&client.peer)
+                ),
+                "close the connection first",
+            )),
+            listener => Ok(listener),
+        }
+    }
+
+    /// Through which listener `socket`, a client or its other end, comes back.
+    fn source(&self, socket: &Socket, client: &Socket, dumped: &mut Dumped<Sockets>) -> Result<()> {
+        if let Some(listener) = self.own_listener(client)? {
+            through(dumped, Source { listener: listener.handle, ..Source::default() });
+            return Ok(());
+        }
+        let host = self.census.host(client.kind, &client.peer, client.credentials);
+        self.hosted(socket, host, dumped);
+        Ok(())
+    }
+
+    fn hosted(&self, socket: &Socket, host: Option<&Socket>, dumped: &mut Dumped<Sockets>) {
+        match host {
+            Some(host) if host.ino == socket.ino => {
+                dumped.record.hosts = true;
+                dumped.auxiliaries += 1;
+            }
+            Some(host) => {
+                // One that has lost its peer has that as the first.
+                let auxiliary = u32::from(host.peer_closed());
+                through(dumped, Source { listener: 0, host: host.handle, auxiliary });
+            }
+            None => {}
+        }
+    }
+
+    /// The same for an accepted socket whose client is gone, if its name is abstract; a path can be had by several.
+    fn source_of_lost(&self, accepted: &Socket, dumped: &mut Dumped<Sockets>) {
+        if name::path(&accepted.own).is_some() {
+            return;
+        }
+        match self.census.listener(accepted.kind, &accepted.own) {
+            Some(listener) => through(dumped, Source { listener: listener.handle, ..Source::default() }),
+            None => self.hosted(accepted, self.census.host_of_lost(accepted.kind, &accepted.own), dumped),
+        }
+    }
+
+    fn listener(&self, socket: &Socket, dumped: &mut Dumped<Sockets>) -> Result<()> {
+        dumped.record.set_shape(Shape::Listener);
+        dumped.record.backlog = socket.diag.write_queue;
+        dumped.auxiliaries = u32::from(name::path(&socket.own).is_some());
+        let known = |ino: &&u32| self.census.get(u64::from(**ino)).is_some();
+        let strangers = socket.diag.waiting.iter().filter(|ino| !known(ino)).count();
+        if strangers == 0 {
+            return Ok(());
+        }
+        let why = format!("{strangers} connections from outside the tree wait to be accepted");
+        if self.context.host.has_option(EXTERNAL_SOCKETS) {
+            self.context.host.warn(&format!("{}: {why}: they will be cut", self.label));
+            return Ok(());
+        }
+        let remedy =
+            format!("let the program accept them first, or give --{EXTERNAL_SOCKETS} to have them cut");
+        Err(HookError::unsupported(&self.label, why, remedy))
+    }
+
+    fn waiting(&self, socket: &Socket, listener: &Socket, dumped: &mut Dumped<Sockets>) -> Result<()> {
+        dumped.record.set_shape(Shape::Waiting);
+        dumped.record.peer_handle = listener.handle;
+        dumped.record.peer_address = socket.peer.clone();
+        dumped.uses.push(listener.handle);
+        let unread = sys::unread_by_peer(self.context.host.open_handle(socket.handle)?.as_fd())
+            .map_err(|error| HookError::failed("SIOCOUTQ", error))?;
+        if unread > 0 && !self.context.host.ends_tree() {
+            return Err(HookError::unsupported(
+                &self.label,
+                "data was sent over it, which can be read only once the connection is accepted",
+                "let the server accept it first, or do not leave the tree running",
+            ));
+        }
+        Ok(())
+    }
+
+    fn datagram_peer(&self, socket: &Socket, peer: &Socket, dumped: &mut Dumped<Sockets>) -> Result<()> {
+        dumped.record.set_shape(Shape::Single);
+        dumped.auxiliaries = u32::from(name::path(&socket.own).is_some());
+        dumped.record.peer_handle = peer.handle;
+        dumped.record.peer_address = socket.peer.clone();
+        dumped.uses.push(peer.handle);
+        if socket.peer.is_empty() {
+            return Err(HookError::unsupported(
+                &self.label,
+                format!("its peer socket:[{}] has no name, and is not connected to it in turn", peer.ino),
+                "close it first",
+            ));
+        }
+        // Nobody can connect to a socket that is connected to a third one: who is connected to is late.
+        let third = |one: &Socket, by: &Socket| one.peer_ino().is_some_and(|peer| peer != by.ino);
+        dumped.record.late = !third(peer, socket);
+        if !dumped.record.late && self.census.peer(peer).is_some_and(|next| third(next, peer)) {
+            return Err(HookError::unsupported(
+                &self.label,
+                "it is one of more than three datagram sockets in a row, each connected to the next",
+                "close it first",
+            ));
+        }
+        Ok(())
+    }
+
+    /// A peer outside the tree.
+    fn external(&self, socket: &Socket, dumped: &mut Dumped<Sockets>) -> Result<()> {
+        let peer = socket.peer_ino().unwrap_or_default();
+        let host = self.context.host;
+        let cut = |ino: u64| host.is_external(&format!("unix[{ino}]"));
+        if cut(socket.ino) || cut(peer) {
+            dumped.record.set_shape(Shape::Orphan);
+            dumped.auxiliaries = 1;
+            // The name of an accepted socket is its listener's, which is not ours to take.
+            if let Some(end) = dumped.record.ends.first_mut() {
+                end.name = None;
+            }
+            return Ok(());
+        }
+        let dgram = socket.kind == libc::SOCK_DGRAM;
+        let path = name::absolute_path(&socket.peer);
+        let reachable = !socket.peer.is_empty() && (path.is_some() || name::path(&socket.peer).is_none());
+        if dgram && reachable && host.has_option(EXTERNAL_SOCKETS) {
+            dumped.record.set_shape(Shape::Single);
+            dumped.auxiliaries = u32::from(name::path(&socket.own).is_some());
+            dumped.record.peer_address = socket.peer.clone();
+            dumped.record.peer_path = path.unwrap_or_default();
+            dumped.record.late = true;
+            return Ok(());
+        }
+        let at = match socket.peer.is_empty() {
+            true => String::new(),
+            false => format!(" at {}", name::shown(&socket.peer)),
+        };
+        let cut = format!("--external unix[{}] to have it cut after restore", socket.ino);
+        let remedy = match dgram && reachable {
+            true => format!("--{EXTERNAL_SOCKETS} to have it connect again, or {cut}"),
+            false => format!("dump a tree that holds both ends, or give {cut}"),
+        };
+        let why = format!("its peer socket:[{peer}]{at} is outside the tree");
+        Err(HookError::unsupported(&self.label, why, remedy))
+    }
+
+    /// As whom the hooks run.
+    fn actors(&self, first: &Side<'_>, dumped: &mut Dumped<Sockets>) -> Result<()> {
+        let external = first.socket.peer_ino().is_some_and(|peer| self.census.get(peer).is_none());
+        let shape = dumped.record.shape();
+        // What it shows is the listener's. And those that are cut off are nobody's.
+        let elsewhere = shape == Shape::Waiting || shape == Shape::Orphan && external;
+        if elsewhere || shape == Shape::Client && !dumped.record.hosts {
+            return Ok(());
+        }
+        let credentials = sys::peer_credentials(first.fd.as_fd())?;
+        if let Some((actor, saved)) = self.context.creator(credentials, &self.label)? {
+            dumped.record.peer = Some(saved);
+            dumped.create_as = actor;
+            if shape == Shape::Listener {
+                dumped.link_as = actor;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn through(dumped: &mut Dumped<Sockets>, source: Source) {
+    let handle = source.listener.max(source.host);
+    dumped.after.push(handle);
+    dumped.uses.push(handle);
+    dumped.record.source = Some(source);
 }
 
 /// Where the data of a queue are.
@@ -345,31 +419,81 @@ pub(crate) fn blob(object: u32, role: u32) -> String {
     format!("queue/{object}/{role}")
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Where the data of a connection are that was not accepted yet.
+pub(crate) fn waiting_blob(ino: u64) -> String {
+    format!("waiting/{ino}")
+}
 
-    #[test]
-    fn ids_are_translated() {
-        let map = "         0     100000      65536\n     70000       1000          1\n";
-        assert_eq!(inside(map, 100_000), Some(0));
-        assert_eq!(inside(map, 165_535), Some(65_535));
-        assert_eq!(inside(map, 165_536), None);
-        assert_eq!(inside(map, 1000), Some(70_000));
-        assert_eq!(inside("0 0 4294967295", 42), Some(42));
-        assert_eq!(inside("", 0), None);
+/// Accepts what waits at a listener, if there is something to read, and saves that.
+pub(crate) fn commit(host: &Host<'_>, census: &Census, object: &ObjectInfo) -> Result<()> {
+    let Some(handle) = object.handles.first() else { return Ok(()) };
+    let Some(listener) = census.get(handle.ino).filter(|socket| socket.listening) else { return Ok(()) };
+    let unread = |ino: &u32| -> Result<bool> {
+        let Some(client) = census.get(u64::from(*ino)) else { return Ok(false) };
+        let bytes = sys::unread_by_peer(host.open_handle(client.handle)?.as_fd());
+        Ok(bytes.map_err(|error| HookError::failed("SIOCOUTQ", error))? > 0)
+    };
+    let Some(last) = last_where(&listener.diag.waiting, unread)? else { return Ok(()) };
+    let context = Context::new(host, object)?;
+    let fd = host.open_handle(handle.id)?;
+    for _ in 0..=last {
+        let accepted = accept(fd.as_fd(), &label(listener.ino))?;
+        save_waiting(&context, accepted.as_fd(), listener.kind)?;
+        // Kept open: its client is not to see an end, should the dump fail after all.
+        std::mem::forget(accepted);
     }
+    Ok(())
+}
 
-    #[test]
-    fn shapes() {
-        let shape = |ends, peer, listening, receive_queue| {
-            super::shape("s", ends, &Diag { peer, receive_queue, ..Diag::default() }, listening)
+fn last_where<T>(list: &[T], mut test: impl FnMut(&T) -> Result<bool>) -> Result<Option<usize>> {
+    let mut last = None;
+    for (at, one) in list.iter().enumerate() {
+        if test(one)? {
+            last = Some(at);
+        }
+    }
+    Ok(last)
+}
+
+fn accept(listener: BorrowedFd<'_>, label: &str) -> Result<OwnedFd> {
+    // The open file description may be in blocking mode, but somebody waits: the tree is frozen.
+    let state = sys::poll(listener).map_err(|error| HookError::failed("poll", error))?;
+    if state & libc::POLLIN == 0 {
+        return Err(HookError::invalid(format!("nobody waits to be accepted at {label} any more")));
+    }
+    sys::accept(listener).map_err(|error| HookError::failed("accept", error))
+}
+
+fn save_waiting(context: &Context<'_, '_>, fd: BorrowedFd<'_>, kind: i32) -> Result<()> {
+    let ino = sys::inode(fd).map_err(|error| HookError::failed("fstat", error))?;
+    let info = HandleInfo { ino, ..HandleInfo::default() };
+    let socket = Socket::read(&info, fd)?;
+    debug_assert_eq!(socket.kind, kind, "an accepted socket is of the listener's type");
+    let Some(client) = socket.peer_ino() else { return Ok(()) };
+    let label = format!("a connection of {} that waited to be accepted", label(client));
+    let mut waiting = Waiting::default();
+    for message in receive_queue(fd, &socket, &label)? {
+        if !message.fds.is_empty() {
+            return Err(HookError::unsupported(label, "descriptors are in flight in it", "try again"));
+        }
+        let credentials = match message.credentials {
+            Some(credentials) => context.sender(credentials, false, &label)?,
+            None => None,
         };
-        assert_eq!(shape(2, Some(7), false, 0).unwrap(), Shape::Pair);
-        assert_eq!(shape(1, Some(0), false, 3).unwrap(), Shape::Orphan);
-        assert_eq!(shape(1, None, true, 0).unwrap(), Shape::Listener);
-        assert_eq!(shape(1, None, false, 0).unwrap(), Shape::Single);
-        assert!(shape(1, Some(7), false, 0).unwrap_err().what.contains("socket:[7] is outside"));
-        assert!(shape(1, None, true, 2).unwrap_err().what.contains("2 connections"));
+        waiting.parcels.push(Parcel { data: message.data, credentials });
+    }
+    let blob = waiting_blob(client);
+    let mut blob = context.host.blob_writer(&blob);
+    blob.write_all(&waiting.encode_to_vec()).map_err(|error| HookError::failed("writing queued data", error))
+}
+
+impl Message {
+    /// What `send` needs of a message of the image.
+    pub(crate) fn of(
+        data: Vec<u8>,
+        credentials: Option<crate::record::stasis::unix::v1::Credentials>,
+    ) -> Self {
+        let credentials = credentials.map(|c| sys::PeerCredentials { pid: c.pid, uid: c.uid, gid: c.gid });
+        Self { data, credentials, ..Self::default() }
     }
 }

@@ -1,24 +1,53 @@
-//! Unix sockets: unix(7). Connected pairs with what is queued in them, ends whose peer is gone, unconnected and
-//! listening sockets. Connections made through a listener, and peers outside the tree, are refused by name.
+//! Unix sockets: unix(7). What is one object: the two ends of a socketpair(2); any other socket by itself.
+//!
+//! Connections made through a listener come back through one: SO_PEERCRED of a client is that of who called listen(2), that
+//! of the accepted socket is who called connect(2), and both have the listener's name. So a client's `create` runs as the
+//! former and makes, besides the client, a private listener of that name (an auxiliary descriptor); the accepted
+//! socket's `create` runs as the latter, connects and accepts. Files of private listeners live in a mount that nobody
+//! else sees (see [`sandbox`]). Abstract names have no such place; there the tree's own listener does it.
 
+mod census;
+mod credentials;
 mod diag;
 mod dump;
+mod name;
 mod options;
 mod queue;
+mod receive;
 mod restore;
+mod sandbox;
 mod sys;
 
+use census::Census;
 use stasis_plugin_api::{
-    Described, Descriptor, Dumped, HandleInfo, Host, ObjectInfo, Result, Selector, export_plugin, register,
+    Described, Descriptor, Dumped, HandleInfo, Host, ObjectInfo, OptionDeclaration, Result, Selector,
+    export_plugin, register,
 };
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 mod record {
     include!(concat!(env!("OUT_DIR"), "/records.rs"));
 }
 use record::stasis::unix::v1::Sockets;
 
-struct Unix;
+/// Switch: peers outside the tree are left behind, datagram sockets connect again to their names.
+const EXTERNAL_SOCKETS: &str = "ext-unix-sk";
+
+#[derive(Default)]
+struct Unix {
+    /// Every socket that `describe` has seen.
+    census: Mutex<Census>,
+}
+
+impl Unix {
+    fn census(&self) -> MutexGuard<'_, Census> {
+        // Entries are made whole; a panic elsewhere leaves none half done.
+        self.census.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Descriptor for Unix {
     type Record = Sockets;
@@ -29,11 +58,15 @@ impl Descriptor for Unix {
     }
 
     fn describe(&self, _: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
-        dump::describe(handle, fd)
+        dump::describe(&mut self.census(), handle, fd)
     }
 
     fn dump(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Sockets>> {
-        dump::dump(host, object)
+        dump::dump(host, &self.census(), object)
+    }
+
+    fn commit(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<()> {
+        dump::commit(host, &self.census(), object)
     }
 
     fn create(&self, host: &Host<'_>, object: &ObjectInfo, record: &Sockets) -> Result<Vec<OwnedFd>> {
@@ -43,51 +76,21 @@ impl Descriptor for Unix {
     fn link(&self, host: &Host<'_>, object: &ObjectInfo, record: &Sockets) -> Result<()> {
         restore::link(host, object, record)
     }
+
+    fn settle(&self, host: &Host<'_>, object: &ObjectInfo, record: &Sockets) -> Result<()> {
+        restore::settle(host, object, record)
+    }
 }
 
-register!(descriptor: Unix);
-export_plugin! { name: "unix", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
+register!(descriptor: Unix::default());
+export_plugin! {
+    name: "unix",
+    records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")),
+    options: [OptionDeclaration::switch(
+        EXTERNAL_SOCKETS,
+        "dump unix sockets that have to do with processes outside of the tree: datagram sockets connect again by name"
+    )],
+}
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-    use stasis_plugin_api::testing::Kit;
-    use std::os::fd::AsFd;
-
-    /// A pair comes back with its queues, options and SO_PEERCRED; an end without peer still reads its data, then EOF.
-    #[test]
-    fn pairs_and_orphans_come_back() {
-        for kind in [SockType::Stream, SockType::SeqPacket] {
-            let pair = || socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
-            let (a, b) = pair();
-            sys::send(a.as_fd(), b"to b", &[], None).unwrap();
-            sys::send(b.as_fd(), b"to a", &[], None).unwrap();
-            let (orphan, peer) = pair();
-            sys::send(peer.as_fd(), b"last", &[], None).unwrap();
-            drop(peer);
-            let mut kit = Kit::new();
-            kit.plugin(Unix);
-            let fds = [b, a, orphan].map(|fd| kit.hold(fd, "unix").unwrap());
-            assert_eq!(kit.dump().unwrap(), 2);
-            kit.restore().unwrap();
-            let mut buffer = [0; 64];
-            for (fd, text) in fds.into_iter().zip([b"to b", b"to a", b"last"]) {
-                let length = nix::unistd::read(kit.fd(fd), &mut buffer).unwrap();
-                assert_eq!(&buffer[..length], text);
-                let peer = sys::get_option(kit.fd(fd), libc::SO_PEERCRED, 12).unwrap();
-                assert_eq!(peer[..4], std::process::id().to_ne_bytes());
-            }
-            assert_eq!(nix::unistd::read(kit.fd(fds[2]), &mut buffer).unwrap(), 0);
-        }
-    }
-
-    #[test]
-    fn a_peer_outside_the_tree_is_named() {
-        let (a, _outside) = std::os::unix::net::UnixStream::pair().unwrap();
-        let mut kit = Kit::new();
-        kit.plugin(Unix);
-        kit.hold(a, "unix").unwrap();
-        assert!(kit.dump().unwrap_err().what.contains("is outside the tree"));
-    }
-}
+mod tests;

@@ -1,6 +1,9 @@
 //! Socket options that are kept: one table.
 
-use crate::{record::stasis::unix::v1::Option as Saved, sys};
+use crate::{
+    record::stasis::unix::v1::{End, Instruction, Option as Saved},
+    sys,
+};
 use stasis_plugin_api::{HookError, Result};
 use std::{
     io,
@@ -46,46 +49,85 @@ const OPTIONS: &[(i32, &str, usize)] = &[
 const SO_GET_FILTER: i32 = 26;
 const SO_LOCK_FILTER: i32 = 44;
 
-pub(crate) fn read(fd: BorrowedFd<'_>, name: &str) -> Result<Vec<Saved>> {
-    if has_filter(fd) || sys::get_int(fd, SO_LOCK_FILTER).is_ok_and(|locked| locked != 0) {
-        return Err(HookError::unsupported(name, "a packet filter is attached", ""));
-    }
-    let mut saved = Vec::new();
-    for &(option, label, size) in OPTIONS {
+/// Options and filter of a socket, put into its record.
+pub(crate) fn read(fd: BorrowedFd<'_>, end: &mut End, label: &str) -> Result<()> {
+    for &(option, name, size) in OPTIONS {
         match sys::get_option(fd, option, size) {
-            Ok(value) => saved.push(Saved { name: option, value }),
+            Ok(value) => end.options.push(Saved { name: option, value }),
             // This kernel or this kind of socket does not have it.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP)) => {}
-            Err(error) => return Err(HookError::failed(format!("reading {label}"), error)),
+            Err(error) => return Err(HookError::failed(format!("reading {name}"), error)),
         }
     }
-    Ok(saved)
+    end.filter = filter(fd, label)?;
+    end.filter_locked = sys::get_int(fd, SO_LOCK_FILTER).is_ok_and(|locked| locked != 0);
+    Ok(())
 }
 
-/// Asked with length 0, the kernel gives the number of instructions. An eBPF program cannot be read back: EACCES
-/// (net/core/filter.c, sk_get_filter).
-fn has_filter(fd: BorrowedFd<'_>) -> bool {
-    let mut length: libc::socklen_t = 0;
-    // SAFETY: with length 0 the kernel only writes the length.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_GET_FILTER,
-            std::ptr::null_mut(),
-            std::ptr::from_mut(&mut length),
-        )
-    };
-    match result {
-        0 => length != 0,
-        _ => io::Error::last_os_error().raw_os_error() == Some(libc::EACCES),
+/// SO_GET_FILTER: lengths are in instructions, and with length 0 it gives that of the filter. An eBPF program cannot be
+/// read back: EACCES (net/core/filter.c, sk_get_filter).
+fn filter(fd: BorrowedFd<'_>, label: &str) -> Result<Vec<Instruction>> {
+    let mut program: Vec<libc::sock_filter> = Vec::new();
+    for room in [false, true] {
+        let mut length = program.len() as libc::socklen_t;
+        let to = if room { program.as_mut_ptr() } else { std::ptr::null_mut() };
+        // SAFETY: the kernel writes at most `length` instructions.
+        let result = unsafe {
+            libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_GET_FILTER,
+                to.cast(),
+                std::ptr::from_mut(&mut length),
+            )
+        };
+        match (result, io::Error::last_os_error()) {
+            (0, _) if length == 0 => return Ok(Vec::new()),
+            // BPF_MAXINSNS
+            (0, _) => {
+                let none = libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 };
+                program.resize((length as usize).min(4096), none);
+            }
+            (_, error) if error.raw_os_error() == Some(libc::EACCES) => {
+                let why = "an eBPF program is attached, which cannot be read back";
+                return Err(HookError::unsupported(
+                    label,
+                    why,
+                    "let the program detach it (SO_DETACH_FILTER)",
+                ));
+            }
+            (_, error) => return Err(HookError::failed("SO_GET_FILTER", error)),
+        }
     }
+    let instruction =
+        |i: &libc::sock_filter| Instruction { code: i.code.into(), jt: i.jt.into(), jf: i.jf.into(), k: i.k };
+    Ok(program.iter().map(instruction).collect())
 }
 
-/// Puts back what differs from what the socket has.
-pub(crate) fn write(fd: BorrowedFd<'_>, saved: &[Saved]) -> Result<()> {
+fn attach(fd: BorrowedFd<'_>, filter: &[Instruction]) -> Result<()> {
+    let whole = |i: &Instruction| {
+        Some(libc::sock_filter {
+            code: i.code.try_into().ok()?,
+            jt: i.jt.try_into().ok()?,
+            jf: i.jf.try_into().ok()?,
+            k: i.k,
+        })
+    };
+    let bad = || HookError::invalid("the image's packet filter is no filter");
+    let mut program = filter.iter().map(whole).collect::<Option<Vec<_>>>().ok_or_else(bad)?;
+    let length = program.len().try_into().map_err(|_| bad())?;
+    let filter = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
+    // SAFETY: sock_fprog is plain data of that size.
+    let bytes =
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&filter).cast::<u8>(), size_of_val(&filter)) };
+    sys::set_option(fd, libc::SO_ATTACH_FILTER, bytes)
+        .map_err(|error| HookError::failed("attaching a packet filter", error))
+}
+
+/// Puts back what differs from what the socket has; the filter last, since it can be locked.
+pub(crate) fn write(fd: BorrowedFd<'_>, end: &End) -> Result<()> {
     for &(option, label, size) in OPTIONS {
-        let Some(wanted) = saved.iter().find(|saved| saved.name == option) else { continue };
+        let Some(wanted) = end.options.iter().find(|saved| saved.name == option) else { continue };
         if sys::get_option(fd, option, size).is_ok_and(|value| value == wanted.value) {
             continue;
         }
@@ -101,6 +143,13 @@ pub(crate) fn write(fd: BorrowedFd<'_>, saved: &[Saved]) -> Result<()> {
                 return Err(HookError::invalid(format!("{label} did not take the value {:?}", wanted.value)));
             }
         }
+    }
+    if !end.filter.is_empty() {
+        attach(fd, &end.filter)?;
+    }
+    if end.filter_locked {
+        sys::set_option(fd, SO_LOCK_FILTER, &1i32.to_ne_bytes())
+            .map_err(|error| HookError::failed("setting SO_LOCK_FILTER", error))?;
     }
     Ok(())
 }
@@ -132,24 +181,32 @@ mod tests {
         ] {
             sys::set_option(a.as_fd(), option, &i32::to_ne_bytes(value)).unwrap();
         }
-        let saved = read(a.as_fd(), "a").unwrap();
+        let saved = ask(a.as_fd()).unwrap();
         let (b, _peer) = UnixStream::pair().unwrap();
-        assert_ne!(read(b.as_fd(), "b").unwrap(), saved);
+        assert_ne!(ask(b.as_fd()).unwrap(), saved);
         write(b.as_fd(), &saved).unwrap();
-        assert_eq!(read(b.as_fd(), "b").unwrap(), saved);
+        assert_eq!(ask(b.as_fd()).unwrap(), saved);
         assert_eq!(sys::get_int(b.as_fd(), libc::SO_SNDBUF).unwrap(), 100_000);
     }
 
+    fn ask(fd: BorrowedFd<'_>) -> Result<End> {
+        let mut end = End::default();
+        read(fd, &mut end, "socket:[1]").map(|()| end)
+    }
+
     #[test]
-    fn filters_are_refused_by_name() {
+    fn filters_are_put_back_and_locked() {
         let (a, _peer) = UnixStream::pair().unwrap();
-        let mut program = [libc::sock_filter { code: 6, jt: 0, jf: 0, k: u32::MAX }];
-        let filter = libc::sock_fprog { len: 1, filter: program.as_mut_ptr() };
-        // SAFETY: sock_fprog is plain data.
-        let bytes = unsafe {
-            std::slice::from_raw_parts(std::ptr::from_ref(&filter).cast::<u8>(), size_of_val(&filter))
-        };
-        sys::set_option(a.as_fd(), libc::SO_ATTACH_FILTER, bytes).unwrap();
-        assert!(read(a.as_fd(), "socket:[1]").unwrap_err().what.contains("packet filter"));
+        let filter = vec![
+            Instruction { code: 0x80, jt: 0, jf: 0, k: 0 }, // length of the packet
+            Instruction { code: 0x16, jt: 0, jf: 0, k: 0 }, // accept as much
+        ];
+        attach(a.as_fd(), &filter).unwrap();
+        sys::set_option(a.as_fd(), SO_LOCK_FILTER, &1i32.to_ne_bytes()).unwrap();
+        let saved = ask(a.as_fd()).unwrap();
+        assert_eq!((&saved.filter, saved.filter_locked), (&filter, true));
+        let (b, _peer) = UnixStream::pair().unwrap();
+        write(b.as_fd(), &saved).unwrap();
+        assert_eq!(ask(b.as_fd()).unwrap(), saved);
     }
 }

@@ -1,9 +1,10 @@
 //! What a socket has received and nobody has read: looked at without taking it, and queued again.
 //!
 //! `MSG_PEEK` starts at the head, so what is behind the first descriptor or datagram is seen only with `SO_PEEK_OFF`
-//! (socket(7)). That is a state of the socket, set only where needed, and put back in any case.
+//! (socket(7)), and its credentials only with `SO_PASSCRED`. Both are states of the socket, set for the while, and put
+//! back in any case.
 
-use crate::sys::{self, Received};
+use crate::sys::{self, PeerCredentials, Received};
 use stasis_plugin_api::{HookError, Result};
 use std::{
     io,
@@ -11,15 +12,40 @@ use std::{
 };
 
 /// A message, or for a stream a run of bytes whose first carried the descriptors.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Message {
     pub data: Vec<u8>,
     pub fds: Vec<OwnedFd>,
-    pub credentials: Option<libc::ucred>,
+    /// Who sent it; process 0 if the kernel does not know.
+    pub credentials: Option<PeerCredentials>,
+    /// Name of the sender's socket, without the family.
+    pub sender: Vec<u8>,
 }
 
 /// Largest datagram that is taken: the kernel's limit is the sender's buffer size.
 const LARGEST: usize = 8 << 20;
+
+/// Turns SO_PASSCRED on, and puts it back when dropped.
+struct ShowCredentials<'a> {
+    fd: BorrowedFd<'a>,
+    before: i32,
+}
+
+impl<'a> ShowCredentials<'a> {
+    fn begin(fd: BorrowedFd<'a>) -> Result<Self> {
+        let failed = |error| HookError::failed("SO_PASSCRED", error);
+        let before = sys::get_int(fd, libc::SO_PASSCRED).map_err(failed)?;
+        sys::set_option(fd, libc::SO_PASSCRED, &1i32.to_ne_bytes()).map_err(failed)?;
+        Ok(Self { fd, before })
+    }
+}
+
+impl Drop for ShowCredentials<'_> {
+    fn drop(&mut self) {
+        // It was set before, so it can be set again.
+        let _ = sys::set_option(self.fd, libc::SO_PASSCRED, &self.before.to_ne_bytes());
+    }
+}
 
 /// Sets SO_PEEK_OFF, and puts it back when dropped.
 struct PeekOffset<'a> {
@@ -61,12 +87,13 @@ pub(crate) fn peek_stream(fd: BorrowedFd<'_>, length: usize) -> Result<Vec<Messa
         return Ok(Vec::new());
     }
     let mut buffer = vec![0; length];
+    let _credentials = ShowCredentials::begin(fd)?;
     let plain =
         sys::get_int(fd, libc::SO_PEEK_OFF).map_err(|e| HookError::failed("reading SO_PEEK_OFF", e))? < 0;
     if plain {
         let all = peeked(sys::peek(fd, &mut buffer))?;
         if all.length == length && all.fds.is_empty() {
-            return Ok(vec![Message { data: buffer, fds: Vec::new(), credentials: all.credentials }]);
+            return Ok(vec![Message { data: buffer, credentials: all.credentials, ..Message::default() }]);
         }
     }
     let offset = PeekOffset::begin(fd)?;
@@ -83,11 +110,12 @@ pub(crate) fn peek_stream(fd: BorrowedFd<'_>, length: usize) -> Result<Vec<Messa
             start = carrier(&offset, at, chunk.length)?;
             if start > 0 {
                 let data = buffer[at..at + start].to_vec();
-                queue.push(Message { data, fds: Vec::new(), credentials: chunk.credentials });
+                queue.push(Message { data, credentials: chunk.credentials, ..Message::default() });
             }
         }
         let data = buffer[at + start..at + chunk.length].to_vec();
-        queue.push(Message { data, fds: chunk.fds, credentials: chunk.credentials });
+        let (fds, credentials) = (chunk.fds, chunk.credentials);
+        queue.push(Message { data, fds, credentials, ..Message::default() });
         at += chunk.length;
     }
     Ok(queue)
@@ -107,6 +135,7 @@ fn carrier(offset: &PeekOffset<'_>, at: usize, length: usize) -> Result<usize> {
 /// seqpacket socket that was shut down), and then `length` bytes are all there is.
 pub(crate) fn peek_messages(fd: BorrowedFd<'_>, end_is_silent: Option<usize>) -> Result<Vec<Message>> {
     let mut buffer = vec![0; LARGEST];
+    let _credentials = ShowCredentials::begin(fd)?;
     let _offset = PeekOffset::begin(fd)?;
     let mut queue = Vec::new();
     let mut total = 0;
@@ -120,6 +149,7 @@ pub(crate) fn peek_messages(fd: BorrowedFd<'_>, end_is_silent: Option<usize>) ->
             data: buffer[..message.length].to_vec(),
             fds: message.fds,
             credentials: message.credentials,
+            sender: message.sender,
         });
     }
     Ok(queue)
@@ -131,12 +161,15 @@ pub(crate) fn widen(sender: BorrowedFd<'_>) {
     let _ = sys::set_option(sender, libc::SO_SNDBUFFORCE, &i32::to_ne_bytes(64 << 20));
 }
 
-/// Sends a message so that the peer finds it in its queue.
-pub(crate) fn send(sender: BorrowedFd<'_>, stream: bool, message: &Message) -> Result<()> {
+/// Sends a message to the peer, or to an address, so that it is found in the queue there. Its ids are those of the
+/// sending process' namespaces.
+pub(crate) fn send(sender: BorrowedFd<'_>, to: &[u8], stream: bool, message: &Message) -> Result<()> {
+    let credentials = message.credentials.filter(|credentials| credentials.pid != 0);
+    let credentials = credentials.map(|PeerCredentials { pid, uid, gid }| libc::ucred { pid, uid, gid });
     let mut at = 0;
     loop {
         let fds = if at == 0 { &message.fds[..] } else { &[] };
-        let sent = sys::send(sender, &message.data[at..], fds, message.credentials)
+        let sent = sys::send_to(sender, to, &message.data[at..], fds, credentials)
             .map_err(|error| HookError::failed("refilling the receive queue", error))?;
         at += sent;
         if !stream || at >= message.data.len() {
@@ -173,7 +206,7 @@ mod tests {
         let (a, b) = pair(SockType::Stream);
         for (data, fds) in [("plain", 0), ("one", 1), ("more", 0), ("x", 2), ("tail", 0)] {
             let fds: Vec<_> = (0..fds).map(|_| null()).collect();
-            sys::send(a.as_fd(), data.as_bytes(), &fds, None).unwrap();
+            sys::send(a.as_fd(), data.as_bytes(), &fds).unwrap();
         }
         let expected =
             [("plain", 0), ("one", 1), ("more", 0), ("x", 2), ("tail", 0)].map(|(d, n)| (d.to_owned(), n));
@@ -186,7 +219,7 @@ mod tests {
             let (c, d) = pair(SockType::Stream);
             widen(c.as_fd());
             for message in &queue {
-                send(c.as_fd(), true, message).unwrap();
+                send(c.as_fd(), &[], true, message).unwrap();
             }
             assert_eq!(text(&peek_stream(d.as_fd(), 17).unwrap()), expected);
         }
@@ -200,16 +233,16 @@ mod tests {
     fn message_boundaries_are_kept() {
         for kind in [SockType::Datagram, SockType::SeqPacket] {
             let (a, b) = pair(kind);
-            sys::send(a.as_fd(), b"abc", &[], None).unwrap();
-            sys::send(a.as_fd(), b"", &[], None).unwrap();
-            sys::send(a.as_fd(), b"defgh", &[null()], None).unwrap();
+            sys::send(a.as_fd(), b"abc", &[]).unwrap();
+            sys::send(a.as_fd(), b"", &[]).unwrap();
+            sys::send(a.as_fd(), b"defgh", &[null()]).unwrap();
             let queue = peek_messages(b.as_fd(), None).unwrap();
             let expected = [("abc".to_owned(), 0), (String::new(), 0), ("defgh".to_owned(), 1)];
             assert_eq!(text(&queue), expected);
             assert_eq!(sys::get_int(b.as_fd(), libc::SO_PEEK_OFF).unwrap(), -1);
             let (c, d) = pair(kind);
             for message in &queue {
-                send(c.as_fd(), false, message).unwrap();
+                send(c.as_fd(), &[], false, message).unwrap();
             }
             assert_eq!(text(&peek_messages(d.as_fd(), None).unwrap()), expected);
         }
@@ -220,7 +253,7 @@ mod tests {
         let (a, b) = pair(SockType::Stream);
         let (mut a, b) = (File::from(a), b);
         a.write_all(b"data").unwrap();
-        sys::send(b.as_fd(), b"unread", &[], None).unwrap();
+        sys::send(b.as_fd(), b"unread", &[]).unwrap();
         drop(a);
         assert_ne!(sys::poll(b.as_fd()).unwrap() & libc::POLLERR, 0);
         assert_eq!(text(&peek_stream(b.as_fd(), 4).unwrap()), [("data".to_owned(), 0)]);

@@ -126,6 +126,13 @@ workloads! {
     unix_pair: "connected unix sockets, credentials and a pipe's end in flight";
     tcp_listen: "TCP sockets that are not connected: listening, in groups, bound, unbound, ended";
     udp_sockets: "UDP sockets with queues, senders, options, peers and memberships";
+    unix_server: "a server with listeners of every kind and three clients";
+    unix_datagrams: "datagrams with their senders, connected sockets, peers that are gone";
+    unix_names: "names that are relative, removed, taken, moved or chosen by the kernel";
+    unix_flight: "sockets in flight: nested, and in each other's queues";
+    unix_states: "half-closed and closed connections, options, filters";
+    unix_waiting: "connections that are not accepted yet";
+    unix_waiting_data: "connections that are not accepted yet, with data";
     pty_shell: "a shell that leads a session, with a background job and /dev/tty", host;
     seccomp_strict: "a filter that allows hardly anything";
     ns_tree: "a tree in fresh user, mount and pid namespaces", host;
