@@ -61,6 +61,8 @@ workloads! {
     mem_file_private: "a file mapped privately with some pages changed";
     mem_file_shared: "a file mapped shared, seen by file and by mapping";
     mem_thp: "transparent huge pages stay huge";
+    mem_file_limit: "memory of a process that may write small files only";
+    mem_full_table: "memory of a process that can open nothing more";
     mem_no_fork: "a process that may not fork";
     mem_madvise: "settings made by madvise";
     mem_stack: "a deep stack, held while frozen and unwound after";
