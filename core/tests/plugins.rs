@@ -187,6 +187,7 @@ fn no<T>() -> AbiResult<T> {
     RErr(HookError::invalid("not in this test"))
 }
 impl HostAbi for NoHost {
+    fn hold(&self, _: bool) {}
     fn option(&self, _: RStr<'_>) -> ROption<RString> {
         RNone
     }

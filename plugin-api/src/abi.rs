@@ -69,8 +69,9 @@ pub trait HostAbi {
     fn read_memory(&self, pid: i32, address: u64, buffer: RSliceMut<'_, u8>) -> AbiResult<()>;
     fn undo(&self, fd: i32, steps: RSlice<'_, UndoStep>) -> AbiResult<()>;
     fn blob_append(&self, name: RStr<'_>, data: RSlice<'_, u8>) -> AbiResult<()>;
-    #[sabi(last_prefix_field)]
     fn blob_read(&self, name: RStr<'_>, offset: u64, buffer: RSliceMut<'_, u8>) -> AbiResult<usize>;
+    #[sabi(last_prefix_field)]
+    fn hold(&self, begin: bool);
 }
 /// The host as a hook's argument.
 pub type HostRef<'a> = HostAbi_TO<'a, RRef<'a, ()>>;

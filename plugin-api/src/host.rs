@@ -125,6 +125,20 @@ impl<'a> Host<'a> {
         self.inner.read_memory(pid, address, buffer.into()).into_result()
     }
 
+    /// Runs `f`, during which this task is not killed if the restore fails (restore only). For names of files that exist
+    /// for a moment only: `f` makes them, uses them, takes them away and does nothing else.
+    pub fn hold<T>(&self, f: impl FnOnce() -> T) -> T {
+        struct Held<'h, 'a>(&'h Host<'a>);
+        impl Drop for Held<'_, '_> {
+            fn drop(&mut self) {
+                self.0.inner.hold(false);
+            }
+        }
+        self.inner.hold(true);
+        let _held = Held(self);
+        f()
+    }
+
     /// A writer that appends to the plugin's blob `name` in the image (dump only). Blobs are streamed, of any size.
     pub fn blob_writer<'b>(&'b self, name: &'b str) -> impl Write + 'b {
         BlobWriter { host: self, name }

@@ -213,6 +213,9 @@ impl Classes {
     fn descriptor(&mut self, target: &str) -> String {
         match target.split_once(":[") {
             Some((kind @ ("pipe" | "socket"), _)) => format!("{kind} #{}", self.class(target)),
+            Some((kind @ ("user" | "mnt" | "pid" | "net" | "ipc" | "uts" | "cgroup" | "time"), _)) => {
+                format!("{kind} namespace {}", self.namespace(target, kind))
+            }
             _ => unlinked(target).unwrap_or_else(|| target.to_owned()),
         }
     }
@@ -256,7 +259,7 @@ fn unlinked(target: &str) -> Option<String> {
     let path = Path::new(target.strip_suffix(" (deleted)")?);
     let (directory, name) = (path.parent()?, path.file_name()?.to_str()?);
     let numbered = name.strip_prefix('#').is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_digit()));
-    let in_use = name.starts_with(".stasis-ghost.") || path.symlink_metadata().is_ok();
+    let in_use = name.starts_with(".stasis-") || path.symlink_metadata().is_ok();
     (numbered || in_use).then(|| format!("{}/? (deleted)", directory.display()))
 }
 

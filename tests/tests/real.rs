@@ -17,15 +17,26 @@ struct Program {
     steady: bool,
     /// Whether it verifies itself; else its tasks must go on using the processor.
     verifies: bool,
+    /// Flags that a dump of it needs.
+    flags: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 7] = [
+const PROGRAMS: [Program; 8] = [
     Program {
         name: "python",
         interpreter: "python3",
         argv: |exe, dir| vec![exe.into(), script("threads.py"), dir.into()],
         steady: false,
         verifies: true,
+        flags: &[],
+    },
+    Program {
+        name: "sqlite",
+        interpreter: "python3",
+        argv: |exe, dir| vec![exe.into(), script("database.py"), dir.into()],
+        steady: false,
+        verifies: true,
+        flags: &["--file-locks"],
     },
     Program {
         name: "yes_gzip",
@@ -36,6 +47,7 @@ const PROGRAMS: [Program; 7] = [
         },
         steady: false,
         verifies: false,
+        flags: &[],
     },
     Program {
         name: "pipeline",
@@ -43,6 +55,7 @@ const PROGRAMS: [Program; 7] = [
         argv: |exe, dir| vec![exe.into(), script("pipeline.sh"), dir.into()],
         steady: false,
         verifies: true,
+        flags: &[],
     },
     Program {
         name: "perl",
@@ -50,6 +63,7 @@ const PROGRAMS: [Program; 7] = [
         argv: |exe, dir| vec![exe.into(), script("counter.pl"), dir.into()],
         steady: false,
         verifies: true,
+        flags: &[],
     },
     Program {
         name: "python_unix_server",
@@ -57,6 +71,7 @@ const PROGRAMS: [Program; 7] = [
         argv: |exe, dir| vec![exe.into(), script("unix_server.py"), dir.into()],
         steady: false,
         verifies: true,
+        flags: &[],
     },
     Program {
         name: "redis_unix",
@@ -67,6 +82,7 @@ const PROGRAMS: [Program; 7] = [
         },
         steady: false,
         verifies: true,
+        flags: &[],
     },
     Program {
         name: "node",
@@ -74,6 +90,7 @@ const PROGRAMS: [Program; 7] = [
         argv: |exe, dir| vec![exe.into(), script("counter.js"), dir.into()],
         steady: false,
         verifies: true,
+        flags: &[],
     },
 ];
 
@@ -114,6 +131,7 @@ fn run(program: &Program, variant: Variant, test: &str) -> Result<(), Failure> {
     let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
     let mut stage = Stage::start_command(&dir, Flavour::Host, &argv, Duration::from_secs(40))?;
     stage.steady = program.steady;
+    stage.flags = program.flags;
     stage.growing = program.verifies;
     if program.verifies {
         play(&mut stage, variant)?;

@@ -43,6 +43,9 @@ pub struct RestoreArgs {
     /// Do not refuse files that have another mode, size or build id than at the dump
     #[arg(long)]
     no_file_check: bool,
+    /// Take the locks of the image again, which is done in any case
+    #[arg(short = 'l', long)]
+    file_locks: bool,
     /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<f64>,

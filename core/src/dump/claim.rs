@@ -125,9 +125,15 @@ fn path_backed(
     let facts = &handle.facts;
     let (pid, number) = handle.subject();
     let file = format!("fd/{number}");
+    let (link, stat) = (&facts.link, &facts.stat);
+    let reads = facts.status_flags & (libc::O_ACCMODE | libc::O_PATH) as u32 == libc::O_RDONLY as u32;
+    let mut refer = |proc: &ProcDir| match reads {
+        true => names.refer_read(proc, &file, link, stat),
+        false => names.refer(proc, &file, link, stat),
+    };
     let found = match tree.processes.iter().find(|process| process.host_pid == pid) {
-        Some(process) => names.refer(&process.proc, &file, &facts.link, &facts.stat),
-        None => names.refer(&ProcDir::open(pid)?, &file, &facts.link, &facts.stat),
+        Some(process) => refer(&process.proc),
+        None => refer(&ProcDir::open(pid)?),
     };
     Ok(found.map_err(|refusal| (refusal.to_string(), refusal.remedy())))
 }

@@ -152,6 +152,8 @@ impl HostAbi for DumpHost<'_> {
     fn blob_read(&self, name: RStr<'_>, _offset: u64, _buffer: RSliceMut<'_, u8>) -> AbiResult<usize> {
         RResult::RErr(HookError::invalid(format!("blob {name} can only be read on restore")))
     }
+
+    fn hold(&self, _begin: bool) {}
 }
 
 /// Process descriptors of the tree, for pidfd_getfd(2).

@@ -1,10 +1,13 @@
 //! Step 7 and 8, resources: plugins write their records, core writes tables and handles.
 
 use super::{Context, DumpError, inventory::Claim, inventory::Inventory};
-use crate::{image::records, tree::NamespaceMap};
+use crate::{files::table::Handle, image::records, tree::NamespaceMap};
 use nix::errno::Errno;
 use stasis_plugin_api::{Actor, ActorKind, NamespaceInfo};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::{
+    collections::HashSet,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+};
 
 impl From<Actor> for records::Actor {
     fn from(actor: Actor) -> Self {
@@ -149,6 +152,8 @@ pub(super) fn tables(
     uid: impl Fn(u32) -> u32,
 ) -> Result<(), DumpError> {
     let inventory = context.inventory.borrow();
+    // What the tree itself writes need not begin as it does now.
+    let written: HashSet<(u64, u64)> = inventory.handles.all.iter().filter_map(written).collect();
     for (index, handle) in inventory.handles.all.iter().enumerate() {
         let claim = inventory.claims[index];
         let facts = &handle.facts;
@@ -167,7 +172,10 @@ pub(super) fn tables(
             position: facts.position,
             owner,
             signal,
-            path: inventory.paths.get(&index).cloned(),
+            path: inventory.paths.get(&index).cloned().map(|path| records::PathRef {
+                head: path.head.filter(|_| !written.contains(&(path.dev, path.ino))),
+                ..path
+            }),
             locks: inventory.locks.get(&index).cloned().unwrap_or_default(),
             role: match claim {
                 Claim::Path => 0,
@@ -189,6 +197,13 @@ pub(super) fn tables(
             .write(&records::DescriptorTable { id: ids(pid), descriptors: descriptors.collect() })?;
     }
     Ok(())
+}
+
+/// The inode of a description that is open for writing.
+fn written(handle: &Handle) -> Option<(u64, u64)> {
+    let (flags, stat) = (handle.facts.status_flags as i32, &handle.facts.stat);
+    let writes = flags & libc::O_PATH == 0 && flags & libc::O_ACCMODE != libc::O_RDONLY;
+    writes.then_some((stat.st_dev, stat.st_ino))
 }
 
 /// F_GETOWN_EX, F_GETOWNER_UIDS and F_GETSIG (fcntl(2)), which only descriptors with O_ASYNC or an owner make use of. The

@@ -31,6 +31,9 @@ pub enum Difference {
         /// As it was.
         then: u64,
     },
+    /// Replaced by another, or written over.
+    #[error("its first bytes are others than at the dump")]
+    Contents,
     /// Another build of the program or library.
     #[error("it is another build than at the dump (its build id differs)")]
     Build,
@@ -39,7 +42,17 @@ pub enum Difference {
 /// Bits of a mode that a program cannot do without: setuid and the like, and permissions.
 const PERMISSIONS: u32 = 0o7777;
 
-/// What differs; `open` is asked for the file only if its build id is known.
+/// Bytes at the start of a file that tell whether it was replaced: what is appended does not change them.
+const HEAD: u64 = 4096;
+
+/// crc32 of the first bytes of a file that had `size` bytes.
+pub fn head(file: &File, size: u64) -> io::Result<u32> {
+    let mut bytes = vec![0; size.min(HEAD) as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(crc32fast::hash(&bytes))
+}
+
+/// What differs; `open` is asked for the file only if its contents or its build id are known.
 pub fn difference(
     then: &PathRef,
     now: &Metadata,
@@ -61,7 +74,14 @@ pub fn difference(
     if now.len() < then.size {
         return Ok(Some(Difference::Shorter { now: now.len(), then: then.size }));
     }
-    if !then.build_id.is_empty() && build_id(open()?) != then.build_id {
+    if then.head.is_none() && then.build_id.is_empty() {
+        return Ok(None);
+    }
+    let file = open()?;
+    if then.head.is_some_and(|then_head| head(&file, then.size).ok() != Some(then_head)) {
+        return Ok(Some(Difference::Contents));
+    }
+    if !then.build_id.is_empty() && build_id(file) != then.build_id {
         return Ok(Some(Difference::Build));
     }
     Ok(None)
@@ -97,6 +117,10 @@ mod tests {
         assert_eq!(of(&then, &path), None);
         fs::write(&path, "12345 and more").unwrap();
         assert_eq!(of(&then, &path), None);
+        let read = PathRef { head: Some(crc32fast::hash(b"12345")), ..then.clone() };
+        assert_eq!(of(&read, &path), None);
+        fs::write(&path, "54321 and more").unwrap();
+        assert_eq!((of(&then, &path), of(&read, &path)), (None, Some(Difference::Contents)));
         fs::write(&path, "1").unwrap();
         assert_eq!(of(&then, &path), Some(Difference::Shorter { now: 1, then: 5 }));
         fs::write(&path, "12345").unwrap();

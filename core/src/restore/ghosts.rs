@@ -7,6 +7,7 @@
 
 use super::{
     error::{RestoreError, Result},
+    shared::Shared,
     sys,
     world::World,
 };
@@ -36,7 +37,6 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU32, Ordering},
 };
 
 /// Bytes copied at once.
@@ -67,7 +67,7 @@ impl Ghosts {
         }
         let mut named = Vec::with_capacity(image.ghosts.len());
         {
-            let mut names = Made::new(world.shared.names());
+            let mut names = Made::new(world.shared);
             let (directories, others): (Vec<_>, Vec<_>) =
                 image.ghosts.values().partition(|ghost| kind(ghost) == libc::S_IFDIR);
             // From the top, so that a removed directory is found again by those that were in it.
@@ -149,7 +149,7 @@ struct Opened {
 
 /// Names that exist for the moment. When this is dropped, they are gone.
 struct Made {
-    guard: &'static AtomicU32,
+    shared: Shared,
     files: Vec<PathBuf>,
     directories: Vec<PathBuf>,
     /// Directories that existed before, with their times.
@@ -157,9 +157,9 @@ struct Made {
 }
 
 impl Made {
-    fn new(guard: &'static AtomicU32) -> Self {
-        guard.store(1, Ordering::Release);
-        Self { guard, files: Vec::new(), directories: Vec::new(), touched: BTreeMap::new() }
+    fn new(shared: Shared) -> Self {
+        shared.hold();
+        Self { shared, files: Vec::new(), directories: Vec::new(), touched: BTreeMap::new() }
     }
 
     fn make(&mut self, ghost: &GhostFile) -> nix::Result<Opened> {
@@ -246,7 +246,7 @@ impl Drop for Made {
                 times(before.st_mtime, before.st_mtime_nsec),
             );
         }
-        self.guard.store(0, Ordering::Release);
+        self.shared.let_go();
     }
 }
 

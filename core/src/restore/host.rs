@@ -198,6 +198,11 @@ impl HostAbi for RestoreHost<'_> {
     fn undo(&self, _: i32, _: RSlice<'_, UndoStep>) -> AbiResult<()> {
         refused("undo")
     }
+    fn hold(&self, begin: bool) {
+        if let Some(world) = self.world {
+            if begin { world.shared.hold() } else { world.shared.let_go() }
+        }
+    }
 }
 
 /// Device number as makedev(3) gives it, from the old encoding of field 7 of proc_pid_stat(5).

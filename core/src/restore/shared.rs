@@ -18,7 +18,7 @@ struct Area {
     arrived: AtomicU32,
     /// 0, 1: being written, 2: complete.
     failed: AtomicU32,
-    /// Files have names for the moment that nobody but the root task knows: it must not be killed.
+    /// How many tasks have files with names for the moment, that nobody else knows: they must not be killed.
     names: AtomicU32,
     length: AtomicU32,
     text: [u8; TEXT],
@@ -93,7 +93,17 @@ impl Shared {
         self.check()
     }
 
-    /// Not 0 while the root task must not be killed, since it will take away names of files in a moment.
+    /// This task must not be killed: it will take away names of files in a moment.
+    pub fn hold(&self) {
+        self.names().fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It may be killed again.
+    pub fn let_go(&self) {
+        self.names().fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Not 0 while some task must not be killed.
     pub fn names(&self) -> &'static AtomicU32 {
         // SAFETY: as in `area`; the mapping is never unmapped, so it lives as long as the process.
         let area: &'static Area = unsafe { &*self.area.as_ptr() };

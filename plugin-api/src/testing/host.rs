@@ -239,4 +239,5 @@ impl HostAbi for FakeHost {
         buffer.as_mut_slice()[..n].copy_from_slice(&rest[..n]);
         RResult::ROk(n)
     }
+    fn hold(&self, _: bool) {}
 }

@@ -33,6 +33,7 @@ pub fn pipe(host: &Host<'_>, object: &ObjectInfo) -> Result<Pipe> {
         Pipe { mode: inode.mode() & 0o7777, uid: inode.uid(), gid: inode.gid(), ..Pipe::default() };
     let named = !object.handles[0].link.starts_with("pipe:[");
     if named {
+        record.unlinked = inode.nlink() == 0;
         record.path = fifo_path(host, object, &inode)?;
         record.shared = held_outside(host, &inode)?;
     }
@@ -159,10 +160,7 @@ fn fifo_path(host: &Host<'_>, object: &ObjectInfo, inode: &Metadata) -> Result<V
     let unsupported =
         |why: &str, remedy: &str| Err(HookError::unsupported(format!("fifo {path}"), why, remedy));
     if inode.nlink() == 0 {
-        return unsupported(
-            "it was unlinked, so it cannot be opened again",
-            "let the program use a pipe instead",
-        );
+        return Ok(path.strip_suffix(" (deleted)").unwrap_or(path).as_bytes().to_vec());
     }
     let same =
         |found: io::Result<Metadata>| found.is_ok_and(|f| (f.dev(), f.ino()) == (inode.dev(), inode.ino()));

@@ -12,6 +12,8 @@
 //! means; the outside process sees its peers close when the tree is killed. A fifo is opened by its path again, and so
 //! meets its outside peers again: contents that outlived the tree with them are not written a second time.
 //!
+//! **Unlinked fifos** are made again under the old name (or another, if that is in use again), which is taken away at once.
+//!
 //! **Not kept:** pages given by vmsplice(2) are copied, so later changes of that memory do not show in the pipe; a last
 //! buffer that came from splice(2) takes more data after restore than before. Reading a pipe that has data and no reader
 //! opens one for a moment: an edge-triggered epoll of the write end reports once more.
@@ -60,12 +62,12 @@ impl Role {
         }
     }
     /// For open(2).
-    fn flags(self) -> i32 {
+    fn flags(self, handle: &HandleInfo) -> i32 {
         match self {
             Self::Read => libc::O_RDONLY,
             Self::Write => libc::O_WRONLY,
             Self::ReadWrite => libc::O_RDWR,
-            Self::Path => libc::O_PATH,
+            Self::Path => libc::O_PATH | handle.status_flags.cast_signed() & libc::O_NOFOLLOW,
         }
     }
     fn reads(self) -> bool {
@@ -102,6 +104,7 @@ impl Descriptor for Pipes {
     fn create(&self, host: &Host<'_>, object: &ObjectInfo, record: &Pipe) -> Result<Vec<OwnedFd>> {
         match record.path.is_empty() {
             true => restore::pipe(host, object, record),
+            false if record.unlinked => restore::unlinked(host, object, record),
             false => restore::fifo(host, object, record),
         }
     }

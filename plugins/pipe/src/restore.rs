@@ -6,15 +6,25 @@ use crate::{
     kernel,
     records::stasis::pipe::v1::{Pipe, pipe::Contents},
 };
+use nix::{
+    errno::Errno,
+    fcntl::OFlag,
+    sys::stat::Mode,
+    unistd::{mkfifo, unlink},
+};
 use stasis_plugin_api::{HookError, Host, ObjectInfo, Result};
 use std::{
-    ffi::CString,
+    ffi::{CString, OsStr},
     fs::{self, File, Permissions},
     io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, fchown},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt, PermissionsExt, fchown},
+        },
     },
+    path::PathBuf,
 };
 
 /// A new pipe with all its handles.
@@ -36,7 +46,7 @@ pub fn pipe(host: &Host<'_>, object: &ObjectInfo, record: &Pipe) -> Result<Vec<O
                 write = true;
                 ends.write.try_clone()
             }
-            role => kernel::reopen(ends.read.as_fd(), role.flags()),
+            role => kernel::reopen(ends.read.as_fd(), role.flags(handle) & !libc::O_NOFOLLOW),
         };
         handles.push(fd.map_err(failed("open of a pipe's end through /proc/self/fd"))?);
     }
@@ -45,10 +55,57 @@ pub fn pipe(host: &Host<'_>, object: &ObjectInfo, record: &Pipe) -> Result<Vec<O
 
 /// The fifo at the recorded path, with all its handles.
 pub fn fifo(host: &Host<'_>, object: &ObjectInfo, record: &Pipe) -> Result<Vec<OwnedFd>> {
-    let shown = String::from_utf8_lossy(&record.path).into_owned();
     let path = CString::new(record.path.clone())
         .map_err(|_| HookError::invalid("path of a fifo with a zero byte"))?;
+    handles(host, object, record, path)
+}
+
+/// How many other names are tried where the old one is in use again.
+const ATTEMPTS: usize = 1000;
+
+/// A fifo that has lost its name, with all its handles.
+pub fn unlinked(host: &Host<'_>, object: &ObjectInfo, record: &Pipe) -> Result<Vec<OwnedFd>> {
+    let shown = String::from_utf8_lossy(&record.path).into_owned();
+    let failed = |errno| {
+        HookError::failed(format!("making the unlinked fifo {shown}"), errno)
+            .remedy("its directory must exist and be writable")
+    };
+    let holder = host.hold(|| make_unlinked(&record.path)).map_err(failed)?;
+    let path = format!("/proc/self/fd/{}", holder.as_raw_fd());
+    let mode = Permissions::from_mode(record.mode);
+    let (uid, gid) = (inside("/proc/self/uid_map", record.uid), inside("/proc/self/gid_map", record.gid));
+    if let (Some(uid), Some(gid)) = (uid, gid) {
+        std::os::unix::fs::chown(&path, Some(uid), Some(gid)).map_err(self::failed("chown of a fifo"))?;
+    }
+    fs::set_permissions(&path, mode).map_err(self::failed("chmod of a fifo"))?;
+    let path = CString::new(path).map_err(|_| HookError::invalid("path with a zero byte"))?;
+    handles(host, object, record, path)
+}
+
+/// Makes a fifo under its old name, or another beside it, opens it with O_PATH and takes the name away.
+fn make_unlinked(path: &[u8]) -> nix::Result<OwnedFd> {
+    let wanted = PathBuf::from(OsStr::from_bytes(path));
+    let others = (0..ATTEMPTS).map(|n| wanted.with_file_name(format!(".stasis-fifo.{n}")));
+    for place in std::iter::once(wanted.clone()).chain(others) {
+        match mkfifo(&place, Mode::S_IRUSR | Mode::S_IWUSR) {
+            Ok(()) => {
+                let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                let opened = nix::fcntl::open(&place, flags, Mode::empty());
+                unlink(&place)?;
+                return opened;
+            }
+            Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Err(Errno::EEXIST)
+}
+
+fn handles(host: &Host<'_>, object: &ObjectInfo, record: &Pipe, path: CString) -> Result<Vec<OwnedFd>> {
+    let shown = String::from_utf8_lossy(&record.path).into_owned();
     let open = |flags: i32| {
+        // A magic link must be followed.
+        let flags = if record.unlinked { flags & !libc::O_NOFOLLOW } else { flags };
         let nonblock = if flags & libc::O_PATH != 0 { 0 } else { libc::O_NONBLOCK };
         kernel::open(&path, flags | nonblock)
             .map_err(|error| HookError::failed(format!("open fifo {shown}"), error))
@@ -77,7 +134,7 @@ pub fn fifo(host: &Host<'_>, object: &ObjectInfo, record: &Pipe) -> Result<Vec<O
     let mut handles: Vec<Option<OwnedFd>> = Vec::new();
     let quiet = |id: u32| record.quiet.contains(&id);
     for handle in &object.handles {
-        let fd = if quiet(handle.id) { None } else { Some(open(Role::of(handle).flags())?) };
+        let fd = if quiet(handle.id) { None } else { Some(open(Role::of(handle).flags(handle))?) };
         handles.push(fd);
     }
     // A reader opened while there is no writer sees no end of file until one has come and gone (fs/pipe.c, fifo_open).

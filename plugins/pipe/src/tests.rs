@@ -246,13 +246,20 @@ fn a_fifo_reader_that_met_no_writer_is_not_told_of_an_end() {
 }
 
 #[test]
-fn a_fifo_that_is_gone_is_refused() {
+fn a_fifo_that_is_gone_is_made_again_without_its_name() {
     let fifo = Fifo::new("gone");
     let mut kit = Kit::new();
     kit.plugin(Pipes);
-    kit.hold(fifo.open(libc::O_RDWR), Pipes::KIND).unwrap();
+    let both = kit.hold(fifo.open(libc::O_RDWR), Pipes::KIND).unwrap();
+    let data = stuff(kit.fd(both), 3000);
+    let path = fifo.0.to_str().unwrap().to_owned();
     drop(fifo);
-    assert!(kit.dump().unwrap_err().to_string().contains("unlinked"));
+    // The name is a file's now, which must stay.
+    std::fs::write(&path, "another").unwrap();
+    journey(&mut kit);
+    assert_eq!(get(kit.fd(both), 100_000).unwrap(), data);
+    assert_eq!(std::fs::read(&path).unwrap(), b"another");
+    std::fs::remove_file(&path).unwrap();
 }
 
 #[test]

@@ -37,6 +37,8 @@ pub fn run(ctl: &Ctl) -> Outcome {
     }
     let open = || nix::fcntl::open(&dir, OFlag::O_RDONLY | OFlag::O_DIRECTORY, Mode::empty());
     let (anchor, half) = (open()?, open()?);
+    fs::write(ctl.work(".read"), "only read")?;
+    let read = fs::File::open(ctl.work(".read"))?;
     let mut seen: Vec<String> = names(&half, 2000)?;
 
     if ctl.wait()? {
@@ -54,5 +56,6 @@ pub fn run(ctl: &Ctl) -> Outcome {
     same("number of entries", seen.len(), all.len())?;
     same("entries", seen.into_iter().collect::<BTreeSet<_>>(), all)?;
     let file = openat(&anchor, "entry-17", OFlag::O_RDONLY, Mode::empty())?;
+    same("file that is only read", sys::read(&read, 9)?, b"only read".to_vec())?;
     same("file opened by the anchor", sys::read(&file, 100)?, b"entry-17".to_vec())
 }

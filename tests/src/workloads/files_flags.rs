@@ -9,7 +9,7 @@ use nix::sys::stat::Mode;
 use crate::ctl::{Ctl, Outcome, ensure, same};
 use crate::sys;
 
-const FLAGS: [i32; 9] = [
+const FLAGS: [i32; 10] = [
     libc::O_RDONLY,
     libc::O_WRONLY,
     libc::O_RDWR | libc::O_APPEND,
@@ -19,6 +19,7 @@ const FLAGS: [i32; 9] = [
     libc::O_RDWR | libc::O_SYNC,
     libc::O_RDWR | libc::O_DSYNC | libc::O_NOATIME,
     libc::O_RDONLY | libc::O_CLOEXEC,
+    libc::O_RDWR | libc::O_DIRECT,
 ];
 
 /// Sets up, waits, checks.

@@ -22,7 +22,7 @@ pub fn run(ctl: &Ctl) -> Outcome {
         let path = if name.starts_with('/') { name.into() } else { ctl.work(name) };
         Ok(open(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW, Mode::empty())?)
     };
-    let names = ["file", "", "link", "removed", "dangling", "socket", "/dev/null"];
+    let names = ["file", "", "link", "removed", "dangling", "socket", "fifo", "/dev/null"];
     let fds: Vec<OwnedFd> = names.iter().map(|name| open(name)).collect::<Outcome<_>>()?;
     fs::remove_file(ctl.work("removed"))?;
     let facts = |fd: &OwnedFd| -> Outcome<(u32, u64)> {

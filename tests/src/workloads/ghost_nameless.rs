@@ -43,5 +43,7 @@ pub fn run(ctl: &Ctl) -> Outcome {
     same("rest", sys::read(&nameless, 100)?, b"had a name".to_vec())?;
     same("contents of the other", sys::read(&was_named, 100)?, b"had a name".to_vec())?;
     name(&nameless, &ctl.work("named"))?;
-    same("by its new name", fs::read_to_string(ctl.work("named"))?.as_str(), "never had a name")
+    same("by its new name", fs::read_to_string(ctl.work("named"))?.as_str(), "never had a name")?;
+    // A restored copy is asked again.
+    Ok(fs::remove_file(ctl.work("named"))?)
 }

@@ -101,5 +101,7 @@ pub fn run(ctl: &Ctl) -> Outcome {
     ensure(!flock(&File::open(ctl.work(""))?, libc::LOCK_SH), "the flock of a directory keeps nobody out")?;
     same("mapping", map.get(0), 5)?;
     ctl.announce("looked", b"")?;
-    child.join()
+    child.join()?;
+    // A restored copy is asked again.
+    Ok(["looked", "locked"].iter().try_for_each(|name| fs::remove_file(ctl.dir().join(name)))?)
 }

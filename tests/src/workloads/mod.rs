@@ -109,6 +109,8 @@ workloads! {
     ghost_linked: "files unlinked under one name that have others", flags("--link-remap");
     files_named: "O_PATH: files, symbolic links, sockets, fifos and devices";
     files_owner: "owners of files who are other users";
+    files_namespaces: "namespaces held open by descriptors";
+    fifo_unlinked: "unlinked fifos in every mode, with data";
     files_proc: "files below /proc: of the task, of others, of dead ones";
     locks_all: "POSIX locks, locks of descriptions, flock", flags("--file-locks");
     locks_leases: "leases", flags("--file-locks");

@@ -5,11 +5,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use stasis_tests::ctl::pause;
 use stasis_tests::launch::Flavour;
-use stasis_tests::scenario::{Doing, Failure, Stage, workload_binary};
+use stasis_tests::scenario::{self, Doing, Failure, Stage, Variant, workload_binary};
 use stasis_tests::suite::Test;
 use stasis_tests::tool;
 
@@ -17,7 +18,7 @@ use crate::common::{Case, refused, succeeded};
 
 /// All tests of this file.
 pub fn tests() -> Vec<Test> {
-    vec![
+    let mut tests = vec![
         Test::new("files::unlinked_and_large", |test| {
             refused_dump(
                 test,
@@ -35,10 +36,59 @@ pub fn tests() -> Vec<Test> {
         }),
         Test::new("files::lock_taken_meanwhile", lock_taken),
         Test::new("files::truncated_or_replaced", changed),
+        Test::new("files::replaced_by_a_larger_one", replaced),
         Test::new("files::another_build", another_build),
         Test::new("files::unlinked_restore_fails", restore_fails),
         Test::new("files::unlinked_restore_killed", restore_killed),
-    ]
+    ];
+    for kind in ["overlay", "tmpfs"] {
+        for workload in ELSEWHERE {
+            let run = move |test: &str| on_filesystem(test, kind, workload);
+            tests.push(Test::new(format!("files::{kind}_{workload}"), run));
+        }
+    }
+    tests
+}
+
+/// Workloads that are played on other file systems, too.
+const ELSEWHERE: [&str; 8] = [
+    "files_flags",
+    "ghost_files",
+    "ghost_nameless",
+    "ghost_mapped",
+    "ghost_dirs",
+    "ghost_linked",
+    "mem_file_shared",
+    "locks_all",
+];
+
+/// A workload whose files are on a file system of this kind, through dump and restore.
+fn on_filesystem(test: &str, kind: &str, workload: &str) -> Result<(), Failure> {
+    let dir = Stage::fresh_dir(test)?;
+    let layers = ["lower", "upper", "scratch"].map(|name| dir.join(name));
+    layers.iter().try_for_each(fs::create_dir).doing("making the layers")?;
+    let [lower, upper, scratch] = layers.map(|path| path.to_string_lossy().into_owned());
+    let data = match kind {
+        "overlay" => format!("lowerdir={lower},upperdir={upper},workdir={scratch}"),
+        _ => String::new(),
+    };
+    let work = dir.join("work");
+    mount(Some(kind), &work, Some(kind), MsFlags::empty(), Some(data.as_str()))
+        .map_err(|errno| Failure::Skipped(format!("{kind} cannot be mounted: {errno}")))?;
+    let binary = workload_binary().doing("finding the workload")?.to_string_lossy().into_owned();
+    let argv = [binary.as_str(), workload, &dir.to_string_lossy()].map(str::to_owned);
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    let mut stage = Stage::start_command(&dir, Flavour::Host, &argv, Duration::from_secs(40))?;
+    stage.flags = stasis_tests::workloads::find(workload).map_or(&[], |workload| workload.flags);
+    let outcome = scenario::play(&mut stage, Variant::Kill);
+    if outcome.is_ok() {
+        stage.kill_tree()?;
+    }
+    umount2(&work, MntFlags::MNT_DETACH).doing("unmounting")?;
+    if outcome.is_ok() {
+        fs::remove_dir_all(&dir).doing("removing the directory")?;
+    }
+    outcome
 }
 
 /// Everything below a directory.
@@ -137,6 +187,20 @@ fn changed(test: &str) -> Result<(), Failure> {
     case.finish()
 }
 
+/// A file that the tree only reads, which is now another that is larger.
+fn replaced(test: &str) -> Result<(), Failure> {
+    let case = Case::start(test, "files_dirs")?;
+    succeeded(case.dump("img", &[])?)?;
+    let read = case.stage.dir.join("work/.read");
+    let original = fs::read(&read).doing("reading the file")?;
+    fs::write(&read, [b"another", original.as_slice()].concat()).doing("replacing the file")?;
+    refused(&case.restore("img", &[])?, &["work/.read", "first bytes", "--no-file-check"])?;
+    case.nothing_left()?;
+    fs::write(&read, [original.as_slice(), b"and more"].concat()).doing("appending")?;
+    succeeded(case.restore("img", &[])?)?;
+    case.finish()
+}
+
 /// The program is built anew: same size, same mode, another build id.
 fn another_build(test: &str) -> Result<(), Failure> {
     let dir = Stage::fresh_dir(test)?;
@@ -177,6 +241,14 @@ fn restore_fails(test: &str) -> Result<(), Failure> {
     case.finish()
 }
 
+/// No process of the tool is left, nor a task that it has begun.
+fn nobody_restores() -> bool {
+    crate::common::all_pids().into_iter().all(|pid| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        !matches!(name.trim(), "stasis" | "stasis-guardian")
+    })
+}
+
 /// Killed at many moments, a restore leaves no name either.
 fn restore_killed(test: &str) -> Result<(), Failure> {
     let case = Case::start(test, "ghost_dirs")?;
@@ -188,8 +260,11 @@ fn restore_killed(test: &str) -> Result<(), Failure> {
         let mut child = tool::start(&mut command, &case.stage.dir.join("tool.out"))?;
         pause(Duration::from_millis(millis));
         kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL).doing("killing the restore")?;
-        let status = child.wait().doing("waiting for the restore")?;
-        if status.success() {
+        child.wait().doing("waiting for the restore")?;
+        stasis_tests::ctl::poll_until("the guardian is done", nobody_restores)
+            .map_err(|fail| Failure::Changed("the kill", fail.to_string()))?;
+        // It came too late.
+        if Path::new(&format!("/proc/{}", case.stage.root)).exists() {
             case.stage.kill_tree()?;
         }
         case.nothing_left()?;
