@@ -50,9 +50,12 @@ class Redis:
 def main():
     arguments = ["--port", "0", "--unixsocket", PATH, "--save", "", "--appendonly", "no", "--dir", f"{DIR}/work"]
     server = subprocess.Popen([SERVER, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not os.path.exists(PATH):
-        time.sleep(0.01)
-    redis = Redis()
+    redis = None
+    while redis is None:
+        try:
+            redis = Redis()
+        except (FileNotFoundError, ConnectionRefusedError):
+            time.sleep(0.01)
     identity = redis.ask("CLIENT", "ID")
     for n in range(1000):
         redis.ask("SET", f"key{n}", f"value{n}" * 20)

@@ -1,6 +1,11 @@
 //! Process and user ids, ours and those of the tree's own namespaces.
 
-use crate::{EXTERNAL_SOCKETS, diag, record::stasis::unix::v1::Credentials, sys::PeerCredentials};
+use crate::{
+    EXTERNAL_SOCKETS, diag,
+    namespace::{self, PeerInside},
+    record::stasis::unix::v1::Credentials,
+    sys::PeerCredentials,
+};
 use stasis_plugin_api::{Actor, HookError, Host, ObjectInfo, Result};
 use std::{
     fs::{self, File},
@@ -79,11 +84,16 @@ impl<'a, 'h> Context<'a, 'h> {
     }
 
     /// As whom a hook must run so that SO_PEERCRED is what it was; `None` if any process will do.
-    pub fn creator(&self, peer: PeerCredentials, label: &str) -> Result<Option<(Actor, Credentials)>> {
+    pub fn creator(
+        &self,
+        fd: BorrowedFd<'_>,
+        peer: PeerCredentials,
+        label: &str,
+    ) -> Result<Option<(Actor, Credentials)>> {
         if !peer.is_known() {
             return Ok(None);
         }
-        match self.known_creator(peer, label) {
+        match self.known_creator(fd, peer, label) {
             Ok(creator) => Ok(Some(creator)),
             Err(error) if self.host.has_option(EXTERNAL_SOCKETS) => {
                 self.host
@@ -94,7 +104,12 @@ impl<'a, 'h> Context<'a, 'h> {
         }
     }
 
-    fn known_creator(&self, peer: PeerCredentials, label: &str) -> Result<(Actor, Credentials)> {
+    fn known_creator(
+        &self,
+        fd: BorrowedFd<'_>,
+        peer: PeerCredentials,
+        label: &str,
+    ) -> Result<(Actor, Credentials)> {
         let PeerCredentials { pid, uid, gid } = peer;
         let uid = self.id("uid_map", uid, label)?;
         let gid = self.id("gid_map", gid, label)?;
@@ -108,7 +123,11 @@ impl<'a, 'h> Context<'a, 'h> {
         let actor = if let Some(task) = self.task(pid) {
             Actor::task(task)
         } else if self.host.tasks().iter().any(|task| task.host_pid != task.pid) {
-            return refuse("which is gone or not in the tree's pid namespace");
+            match namespace::peer_inside(fd, File::open(self.path("ns/pid")))? {
+                PeerInside { pid: 0, .. } => return refuse("which is not in the tree's pid namespace"),
+                PeerInside { lives: true, .. } => return refuse("which is not part of the tree"),
+                PeerInside { pid, .. } => Actor::stand_in(pid),
+            }
         } else if pid <= 0 || fs::exists(format!("/proc/{pid}")).unwrap_or(true) {
             return refuse("which is not part of the tree");
         } else {

@@ -396,7 +396,7 @@ impl Dumper<'_, '_, '_> {
             return Ok(());
         }
         let credentials = sys::peer_credentials(first.fd.as_fd())?;
-        if let Some((actor, saved)) = self.context.creator(credentials, &self.label)? {
+        if let Some((actor, saved)) = self.context.creator(first.fd.as_fd(), credentials, &self.label)? {
             dumped.record.peer = Some(saved);
             dumped.create_as = actor;
             if shape == Shape::Listener {

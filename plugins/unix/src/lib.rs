@@ -11,6 +11,7 @@ mod credentials;
 mod diag;
 mod dump;
 mod name;
+mod namespace;
 mod options;
 mod queue;
 mod receive;

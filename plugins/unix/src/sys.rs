@@ -109,8 +109,9 @@ pub(crate) fn bound_file(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     ioctl_fd(fd, SIOCUNIXFILE)
 }
 
-/// SO_PEERCRED, in our own namespaces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// SO_PEERCRED, in our own namespaces; laid out as `struct ucred`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PeerCredentials {
     pub pid: i32,
     pub uid: u32,

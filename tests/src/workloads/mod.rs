@@ -137,6 +137,8 @@ workloads! {
     unix_states: "half-closed and closed connections, options, filters";
     unix_waiting: "connections that are not accepted yet";
     unix_waiting_data: "connections that are not accepted yet, with data";
+    unix_dead_creator: "sockets whose creator has ended";
+    unix_outside: "peers outside the tree", apart;
     pty_shell: "a shell that leads a session, with a background job and /dev/tty", host;
     seccomp_strict: "a filter that allows hardly anything";
     ns_tree: "a tree in fresh user, mount and pid namespaces", host;
