@@ -7,6 +7,7 @@
 
 pub mod bench;
 pub mod ctl;
+pub mod emulator;
 pub mod launch;
 pub mod net;
 pub mod sandbox;
@@ -14,6 +15,7 @@ pub mod scenario;
 pub mod snapshot;
 pub mod suite;
 pub mod sys;
+pub mod terminal;
 pub mod tool;
 pub mod unix;
 pub mod workloads;

@@ -59,6 +59,9 @@ fn enter_or_fail(body: impl FnOnce() -> i32) -> io::Result<i32> {
             let none: Option<&str> = None;
             mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
             mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none)?;
+            // Terminals keep their numbers, which another test may take meanwhile.
+            let options = Some("newinstance,ptmxmode=0666,mode=0620,gid=5");
+            mount(Some("devpts"), "/dev/pts", Some("devpts"), MsFlags::empty(), options)?;
             bring_loopback_up();
             // SAFETY: one thread.
             match unsafe { fork() }? {

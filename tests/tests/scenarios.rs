@@ -40,6 +40,9 @@ const SKIPPED: &[(&str, Option<Flavour>, Option<Variant>, &str)] = &[
         "refused by name: the data can be had by accepting only",
     ),
     ("sleep_relative", None, Some(Variant::Rounds), "the sleeps are over before the last round"),
+    ("pty_data", None, Some(Variant::Running), "unread data are kept only if the tree is killed"),
+    ("pty_data", None, Some(Variant::NoCow), "unread data are kept only if the tree is killed"),
+    ("pty_data", None, Some(Variant::Stopped), "unread data are kept only if the tree is killed"),
     ("tree_fork_storm", None, Some(Variant::Stopped), "its processes end while the harness continues them"),
 ];
 

@@ -55,8 +55,13 @@ pub(crate) const TIOCGWINSZ: Request<Winsize> = Request::new(libc::TIOCGWINSZ, "
 pub(crate) const TIOCSWINSZ: Request<Winsize> = Request::new(libc::TIOCSWINSZ, "TIOCSWINSZ");
 pub(crate) const TIOCSPGRP: Request<i32> = Request::new(libc::TIOCSPGRP, "TIOCSPGRP");
 pub(crate) const FIONREAD: Request<i32> = Request::new(libc::FIONREAD, "FIONREAD");
+pub(crate) const TIOCGSID: Request<i32> = Request::new(libc::TIOCGSID, "TIOCGSID");
 const TCGETS2: Request<libc::termios2> = Request::new(libc::TCGETS2 as libc::c_ulong, "TCGETS2");
 const TCSETS2: Request<libc::termios2> = Request::new(libc::TCSETS2 as libc::c_ulong, "TCSETS2");
+const TIOCGLCKTRMIOS: Request<libc::termios2> =
+    Request::new(libc::TIOCGLCKTRMIOS as libc::c_ulong, "TIOCGLCKTRMIOS");
+const TIOCSLCKTRMIOS: Request<libc::termios2> =
+    Request::new(libc::TIOCSLCKTRMIOS as libc::c_ulong, "TIOCSLCKTRMIOS");
 /// 19 bytes of control characters (asm-generic/termbits.h).
 const CONTROL_CHARACTERS: usize = 19;
 
@@ -77,7 +82,29 @@ fn zero() -> libc::termios2 {
 pub(crate) fn termios(fd: BorrowedFd<'_>) -> Result<Termios> {
     let mut termios = zero();
     TCGETS2.call(fd, &mut termios)?;
-    Ok(Termios {
+    Ok(from_kernel(&termios))
+}
+
+pub(crate) fn set_termios(fd: BorrowedFd<'_>, saved: &Termios) -> Result<()> {
+    TCSETS2.call(fd, &mut to_kernel(saved)?)
+}
+
+/// Which settings ordinary users cannot change: bits and characters that are not 0. `None` if there are none.
+pub(crate) fn locked_termios(fd: BorrowedFd<'_>) -> Result<Option<Termios>> {
+    // The kernel fills a struct ktermios, which is a termios2.
+    let mut locks = zero();
+    TIOCGLCKTRMIOS.call(fd, &mut locks)?;
+    let locks = Termios { ispeed: 0, ospeed: 0, ..from_kernel(&locks) };
+    let none = Termios { cc: vec![0; CONTROL_CHARACTERS], ..Termios::default() };
+    Ok((locks != none).then_some(locks))
+}
+
+pub(crate) fn lock_termios(fd: BorrowedFd<'_>, locks: &Termios) -> Result<()> {
+    TIOCSLCKTRMIOS.call(fd, &mut to_kernel(locks)?)
+}
+
+fn from_kernel(termios: &libc::termios2) -> Termios {
+    Termios {
         iflag: termios.c_iflag,
         oflag: termios.c_oflag,
         cflag: termios.c_cflag,
@@ -86,12 +113,12 @@ pub(crate) fn termios(fd: BorrowedFd<'_>) -> Result<Termios> {
         cc: termios.c_cc.to_vec(),
         ispeed: termios.c_ispeed,
         ospeed: termios.c_ospeed,
-    })
+    }
 }
 
-pub(crate) fn set_termios(fd: BorrowedFd<'_>, saved: &Termios) -> Result<()> {
+fn to_kernel(saved: &Termios) -> Result<libc::termios2> {
     let bad = || HookError::invalid("the image's termios is malformed");
-    let mut termios = libc::termios2 {
+    Ok(libc::termios2 {
         c_iflag: saved.iflag,
         c_oflag: saved.oflag,
         c_cflag: saved.cflag,
@@ -100,8 +127,7 @@ pub(crate) fn set_termios(fd: BorrowedFd<'_>, saved: &Termios) -> Result<()> {
         c_cc: saved.cc.as_slice().try_into().map_err(|_| bad())?,
         c_ispeed: saved.ispeed,
         c_ospeed: saved.ospeed,
-    };
-    TCSETS2.call(fd, &mut termios)
+    })
 }
 
 /// Requests with a plain number, or none.
@@ -126,11 +152,37 @@ pub(crate) fn open_peer(master: BorrowedFd<'_>, flags: i32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-pub(crate) fn poll(fd: BorrowedFd<'_>) -> Result<i16> {
-    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN | libc::POLLPRI, revents: 0 };
+/// tcflow(3): TCOOFF, TCOON.
+pub(crate) fn flow(slave: BorrowedFd<'_>, action: i32) -> Result<()> {
+    plain(slave, libc::TCXONC, "TCXONC", action as libc::c_ulong).map(drop)
+}
+
+/// Hangs up on everybody who has the slave open; needs CAP_SYS_ADMIN in the initial user namespace.
+pub(crate) fn hang_up(slave: BorrowedFd<'_>) -> Result<()> {
+    const TIOCVHANGUP: libc::c_ulong = 0x5437;
+    plain(slave, TIOCVHANGUP, "TIOCVHANGUP", 0).map(drop)
+}
+
+/// What of `events` is the case.
+pub(crate) fn poll(fd: BorrowedFd<'_>, events: i16) -> Result<i16> {
+    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
     // SAFETY: one valid entry.
     if unsafe { libc::poll(std::ptr::from_mut(&mut entry), 1, 0) } < 0 {
         return Err(HookError::failed("poll", io::Error::last_os_error()));
     }
     Ok(entry.revents)
+}
+
+/// read(2).
+pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize> {
+    // SAFETY: the kernel writes at most the length of the buffer.
+    let n = unsafe { libc::read(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    usize::try_from(n).map_err(|_| HookError::failed("reading a terminal", io::Error::last_os_error()))
+}
+
+/// write(2).
+pub(crate) fn write(fd: BorrowedFd<'_>, data: &[u8]) -> Result<usize> {
+    // SAFETY: the kernel reads at most the length of the buffer.
+    let n = unsafe { libc::write(fd.as_raw_fd(), data.as_ptr().cast(), data.len()) };
+    usize::try_from(n).map_err(|_| HookError::failed("writing to a terminal", io::Error::last_os_error()))
 }

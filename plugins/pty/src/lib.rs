@@ -1,7 +1,21 @@
-//! Pseudoterminals: pty(7), pts(4). An object is one terminal: its master (role 0), the descriptors of its slave (1),
-//! and those opened as /dev/tty (2). Data in its buffers can only be read by taking them out and are refused for now.
+//! Pseudoterminals: pty(7), pts(4), ioctl_tty(2).
+//!
+//! An object is one terminal; its handles are its master, descriptors of its slave, those opened as /dev/tty, and
+//! descriptors of the slave that have hung up. A terminal keeps its number: the lower ones are taken meanwhile.
+//!
+//! **Outside ends.** A terminal whose master is outside the tree is refused, unless the user says where it comes from at the
+//! restore: `--shell-job` takes the terminal that restore is started from; `--external tty[RDEV:DEV]` (hexadecimal, as
+//! stat(2) gives them for the slave) takes the one that is given with `--inherit-fd fd[N]:tty[RDEV:DEV]`. A terminal whose slave
+//! is the controlling terminal of a session outside is refused, unless named so.
+//!
+//! **Data.** What was not read yet, in both directions, is kept when the tree is killed by the dump. It can only be copied by
+//! taking it out, so a dump that leaves the tree alive refuses it; a line half typed does not show there, and is missing in
+//! that image. **Not kept:** the cursor column by which tabs are expanded, and a literal-next character just typed.
 
+mod contents;
 mod dump;
+mod external;
+mod identity;
 mod ioctl;
 mod restore;
 
@@ -16,18 +30,25 @@ mod record {
 }
 use record::stasis::pty::v1::Terminal;
 
-/// Major number of /dev/tty and /dev/ptmx (Documentation/admin-guide/devices.txt).
+/// Major number of /dev/tty (0), /dev/console (1) and /dev/ptmx (2) (Documentation/admin-guide/devices.txt).
 const AUX_MAJOR: u32 = 5;
-/// Slaves have the major numbers 136 to 143; the kernel uses the first.
-const SLAVE_MAJOR: u32 = 136;
-const SLAVE_MAJORS: std::ops::RangeInclusive<u32> = SLAVE_MAJOR..=143;
+/// Major numbers of slaves; the kernel uses the first.
+const SLAVE_MAJORS: std::ops::RangeInclusive<u32> = 136..=143;
 /// Highest minor number (20 bits).
 const LAST_MINOR: u32 = (1 << 20) - 1;
+/// Owner of a node that is none of the tree's user namespace.
+const NOBODY: u32 = u32::MAX;
 
 /// Roles of handles.
 const MASTER: u32 = 0;
 const SLAVE: u32 = 1;
 const DEV_TTY: u32 = 2;
+const HUNG_UP: u32 = 3;
+const CONSOLE: u32 = 4;
+
+/// The switch of core by which the tree's terminal may be outside.
+const SHELL_JOB: &str = "shell-job";
+const SHELL_JOB_REMEDY: &str = "--shell-job puts the tree on the terminal that restore is started from";
 
 struct Pty;
 
@@ -36,25 +57,26 @@ impl Descriptor for Pty {
     const KIND: &'static str = "pty";
 
     fn selectors(&self) -> Vec<Selector> {
-        let mut selectors = vec![
-            Selector::CharDevice { major: AUX_MAJOR, first: 0, last: 0 },
-            Selector::CharDevice { major: AUX_MAJOR, first: 2, last: 2 },
-        ];
+        let mut selectors = vec![Selector::CharDevice { major: AUX_MAJOR, first: 0, last: 2 }];
         let slave = |major| Selector::CharDevice { major, first: 0, last: LAST_MINOR };
         selectors.extend(SLAVE_MAJORS.map(slave));
         selectors
     }
 
     fn describe(&self, host: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
-        dump::describe(host, handle, fd)
+        identity::describe(host, handle, fd)
     }
 
     fn dump(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Terminal>> {
         dump::dump(host, object)
     }
 
-    fn create(&self, _: &Host<'_>, object: &ObjectInfo, record: &Terminal) -> Result<Vec<OwnedFd>> {
-        restore::create(object, record)
+    fn commit(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<()> {
+        dump::commit(host, object)
+    }
+
+    fn create(&self, host: &Host<'_>, object: &ObjectInfo, record: &Terminal) -> Result<Vec<OwnedFd>> {
+        restore::create(host, object, record)
     }
 
     fn settle(&self, host: &Host<'_>, object: &ObjectInfo, record: &Terminal) -> Result<()> {
@@ -70,7 +92,7 @@ impl Session for Pty {
     }
 
     fn describe(&self, host: &Host<'_>, session: &SessionInfo) -> Result<Option<Described>> {
-        dump::describe_session(host, session)
+        identity::describe_session(host, session)
     }
 }
 
@@ -85,7 +107,7 @@ mod tests {
         sys::wait::{WaitStatus, waitpid},
         unistd::{ForkResult, fork, getpid, setsid},
     };
-    use std::{fs::OpenOptions, os::fd::AsFd};
+    use std::os::fd::AsFd;
 
     fn handle(role: u32) -> HandleInfo {
         HandleInfo { role, status_flags: libc::O_RDWR as u32, ..HandleInfo::default() }
@@ -97,14 +119,10 @@ mod tests {
         // Closing the master at the end hangs up on the session.
         // SAFETY: no handler is installed.
         unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
-        let master =
-            OpenOptions::new().read(true).write(true).open("/dev/ptmx").map_err(|e| e.to_string())?;
-        let index = ioctl::TIOCGPTN.get(master.as_fd()).map_err(|e| e.to_string())?;
+        let (master, index) = restore::tests::any_terminal().ok_or("no terminal")?;
         let termios = ioctl::termios(master.as_fd()).map_err(|e| e.to_string())?;
-        drop(master);
         let record = Terminal {
             index,
-            ptmx: "/dev/ptmx".into(),
             termios: Some(termios),
             mode: 0o600,
             session: getpid().as_raw(),
@@ -112,7 +130,7 @@ mod tests {
         };
         let handles = vec![handle(DEV_TTY), handle(MASTER), handle(SLAVE)];
         let object = ObjectInfo { handles: handles.into(), ..ObjectInfo::default() };
-        let fds = restore::create(&object, &record).map_err(|e| e.to_string())?;
+        let fds = restore::make(&object, master, &record, &Default::default()).map_err(|e| e.to_string())?;
         let session = nix::sys::termios::tcgetsid(&fds[2]).map_err(|errno| errno.to_string())?;
         let device = |fd: &OwnedFd| ioctl::TIOCGDEV.get(fd.as_fd()).map_err(|e| e.to_string());
         if session == getpid() && device(&fds[0])? == device(&fds[2])? {
@@ -124,8 +142,8 @@ mod tests {
 
     #[test]
     fn a_session_gets_its_terminal() {
-        if !std::path::Path::new("/dev/ptmx").exists() {
-            eprintln!("skipped: no /dev/ptmx");
+        if restore::tests::any_terminal().is_none() {
+            eprintln!("skipped: no terminals here");
             return;
         }
         // SAFETY: the child uses the allocator, which glibc keeps usable after fork, and exits without unwinding.

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use stasis_tests::emulator;
 use stasis_tests::launch::{self, Flavour};
 use stasis_tests::workloads;
 
@@ -15,6 +16,9 @@ fn main() -> ExitCode {
             Some(flavour) => launch::launch(flavour, command, Path::new(dir)),
             None => usage(),
         },
+        [emulator::NAME, dir, ref command @ ..] if !command.is_empty() => {
+            emulator::run(Path::new(dir), command)
+        }
         ["list"] => {
             for workload in workloads::ALL {
                 println!("{:28} {}", workload.name, workload.about);

@@ -139,7 +139,13 @@ workloads! {
     unix_waiting_data: "connections that are not accepted yet, with data";
     unix_dead_creator: "sockets whose creator has ended";
     unix_outside: "peers outside the tree", apart;
-    pty_shell: "a shell that leads a session, with a background job and /dev/tty", host;
+    pty_shell: "a shell that leads a session, with a background job and /dev/tty";
+    pty_data: "terminals with data in both directions, a half-typed line among them";
+    pty_settings: "termios, window size, packet mode, locks and owners of terminals";
+    pty_flow: "terminals whose output is stopped, by character and by call";
+    pty_sessions: "sessions on terminals of their own, without descriptors of them, and their foreground groups";
+    pty_hangup: "terminals that have hung up";
+    pty_instance: "a devpts of the tree's own";
     seccomp_strict: "a filter that allows hardly anything";
     ns_tree: "a tree in fresh user, mount and pid namespaces", host;
     ns_mounts: "proc, tmpfs with content and bind mounts";
