@@ -35,6 +35,7 @@ pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
         return Ok(());
     }
     let mut seen: BTreeMap<Timer, usize> = BTreeMap::new();
+    let mut calls = BTreeMap::new();
     let bits = usize::BITS - sleepers.len().leading_zeros();
     // The last round has all of them: what appears only by chance is not in it.
     for round in 0..=bits {
@@ -47,7 +48,7 @@ pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
             .filter(|(index, thread)| takes_part(*index) && is_sleeper(thread))
             .map(|(_, thread)| thread)
             .collect();
-        let during = sleep_on(chosen, waiter)?;
+        let during = sleep_on(chosen, &mut calls, waiter)?;
         for timer in during.difference(&before) {
             *seen.entry(*timer).or_default() |= 1 << round;
         }
@@ -64,7 +65,7 @@ pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
             (Some((base, expiry)), None) => now.get(&base).map(|now| (expiry - now).max(0)),
             _ => None,
         };
-        let (syscall, clock) = call_of(&saved.registers, thread.tracee.id().tid);
+        let (syscall, clock) = call_of(&saved.registers, calls.get(&thread.tracee.id().tid).copied());
         thread.restart = Some(Restart { syscall, clock, remaining_ns });
     }
     Ok(())
@@ -79,9 +80,9 @@ fn is_sleeper(thread: &Thread) -> bool {
 }
 
 /// Which call it is, and by which clock it sleeps.
-fn call_of(registers: &Registers, tid: i32) -> (u64, i32) {
+fn call_of(registers: &Registers, seen: Option<u64>) -> (u64, i32) {
     let syscall = match registers.orig_rax {
-        restartable::RESTART_SYSCALL => guess(registers, tid),
+        restartable::RESTART_SYSCALL => seen.unwrap_or_else(|| sleep(registers)),
         number => number,
     };
     let clock =
@@ -89,23 +90,30 @@ fn call_of(registers: &Registers, tid: i32) -> (u64, i32) {
     (syscall, clock)
 }
 
-/// A call that was interrupted before has lost its number, but not its arguments: a clock is a small number and a pointer is none;
-/// the operation of a futex wait is 0 or 128, the count of descriptors never matches both.
-fn guess(registers: &Registers, tid: i32) -> u64 {
+/// A call that was interrupted before has lost its number. What the kernel does tells which it is, as long as the thread
+/// sleeps: once it is stopped, its stack shows the stop.
+fn sleeping_in(registers: &Registers, tid: i32) -> u64 {
     let stack = who::read_text(&format!("/proc/{tid}/stack"));
     if stack.contains("futex") {
         restartable::FUTEX
     } else if stack.contains("poll") {
         restartable::POLL
-    } else if registers.rdi < 16 {
-        restartable::CLOCK_NANOSLEEP
     } else {
-        restartable::NANOSLEEP
+        sleep(registers)
     }
 }
 
-/// Lets the threads go on sleeping, and tells which timers there are meanwhile.
-fn sleep_on(threads: Vec<&mut &mut Thread>, waiter: &mut Waiter) -> Result<BTreeSet<Timer>, GuardianError> {
+/// The two sleeps look the same to the kernel, but a clock is a small number and a pointer is none.
+fn sleep(registers: &Registers) -> u64 {
+    if registers.rdi < 16 { restartable::CLOCK_NANOSLEEP } else { restartable::NANOSLEEP }
+}
+
+/// Lets the threads go on sleeping, and tells which timers there are meanwhile, and in which calls they sleep.
+fn sleep_on(
+    threads: Vec<&mut &mut Thread>,
+    calls: &mut BTreeMap<i32, u64>,
+    waiter: &mut Waiter,
+) -> Result<BTreeSet<Timer>, GuardianError> {
     let mut threads = threads;
     for thread in &mut threads {
         // No signal is delivered meanwhile.
@@ -123,6 +131,11 @@ fn sleep_on(threads: Vec<&mut &mut Thread>, waiter: &mut Waiter) -> Result<BTree
         let tid = thread.tracee.id().tid;
         while who::Stat::read(tid).is_some_and(|stat| stat.state == b'R') && Instant::now() < deadline {
             std::thread::yield_now();
+        }
+        if let Some(saved) = &thread.saved
+            && saved.registers.orig_rax == restartable::RESTART_SYSCALL
+        {
+            calls.insert(tid, sleeping_in(&saved.registers, tid));
         }
     }
     let during = timers();

@@ -47,7 +47,6 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Termin
             if let Some(slave) = slave {
                 let fd = host.open_handle(slave.id)?;
                 record.termios = Some(ioctl::termios(fd.as_fd())?);
-                read_size(&mut record, fd.as_fd())?;
             }
         }
         _ => {

@@ -57,17 +57,10 @@ fn own_terminal(handle: &HandleInfo) -> Result<OwnedFd> {
     Ok(restore::open(&format!("/dev/pts/{index}"), handle).unwrap_or(tty))
 }
 
-/// Takes the settings of the old terminal over. Its size is its own; who draws on it is told if it differs.
+/// Takes the settings of the old terminal over. Its size is its own.
 pub(crate) fn settle(fd: &OwnedFd, record: &Terminal) -> Result<()> {
-    if let Some(termios) = &record.termios {
-        ioctl::set_termios(fd.as_fd(), termios)?;
+    match &record.termios {
+        Some(termios) => ioctl::set_termios(fd.as_fd(), termios),
+        None => Ok(()),
     }
-    let size = ioctl::TIOCGWINSZ.get(fd.as_fd())?;
-    if size.map(u32::from) != [record.rows, record.columns, record.xpixel, record.ypixel]
-        && record.foreground > 1
-    {
-        // SAFETY: takes integers. Who has not installed a handler ignores it.
-        unsafe { libc::kill(-record.foreground, libc::SIGWINCH) };
-    }
-    Ok(())
 }

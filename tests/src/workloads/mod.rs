@@ -85,6 +85,7 @@ workloads! {
     sig_altstack: "a handler at work on an alternate stack";
     sig_stopped: "a child that is stopped";
     sleep_relative: "sleeps with remaining time: nanosleep, poll, futex, select";
+    poll_blocked: "tasks in poll without end";
     sleep_absolute: "sleeps until a point in time";
     tree_groups: "process groups and sessions";
     tree_zombies: "children that have ended and are not yet waited for";
