@@ -43,6 +43,7 @@ const SKIPPED: &[(&str, Option<Flavour>, Option<Variant>, &str)] = &[
     ("pty_data", None, Some(Variant::Running), "unread data are kept only if the tree is killed"),
     ("pty_data", None, Some(Variant::NoCow), "unread data are kept only if the tree is killed"),
     ("pty_data", None, Some(Variant::Stopped), "unread data are kept only if the tree is killed"),
+    ("tcp_connected", Some(Flavour::User), None, "TCP_REPAIR needs CAP_NET_ADMIN in the network namespace"),
     ("tree_fork_storm", None, Some(Variant::Stopped), "its processes end while the harness continues them"),
 ];
 

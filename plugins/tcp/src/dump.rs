@@ -1,12 +1,12 @@
 //! From a live socket to a record.
 
 use crate::{
-    CLOSE, ESTABLISHED, SKIP_IN_FLIGHT,
+    CLOSE, ESTABLISHED, SKIP_IN_FLIGHT, connection,
     kernel::{self, Info, state},
     record::stasis::tcp::v1::{Option as Saved, Shape, Socket},
 };
 use stasis_plugin_api::{
-    Dumped, HandleInfo, HookError, Host, ObjectInfo, Result,
+    Dumped, HookError, Host, ObjectInfo, Result,
     socket::{
         self, filter,
         options::{self, IPV4, IPV6, REUSE, SOCKET, Spec},
@@ -17,9 +17,17 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
-pub(crate) fn describe(_: &Host<'_>, _: &HandleInfo, _: BorrowedFd<'_>) -> Result<()> {
-    Ok(())
-}
+/// Options of multicast.
+const MULTICAST: [(i32, i32); 8] = [
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_IF),
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_TTL),
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_LOOP),
+    (libc::IPPROTO_IP, 49),
+    (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_IF),
+    (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_HOPS),
+    (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_LOOP),
+    (libc::IPPROTO_IPV6, 29),
+];
 
 /// The tables of options for a domain.
 pub(crate) fn tables(domain: i32, shape: Shape) -> &'static [&'static [Spec]] {
@@ -54,9 +62,6 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
         ..Socket::default()
     };
     let shape = shape(host, fd, &info, events, label, &record.local)?;
-    if shape == Shape::Connected {
-        return Err(HookError::unsupported(label, "connections are not kept yet", "end it with --tcp-close"));
-    }
     record.shape = shape.into();
     match shape {
         Shape::Listener => record.backlog = info.backlog,
@@ -65,8 +70,16 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
     }
     let mut saved = options::read(fd, tables(domain, shape))?;
     saved.extend(options::read(fd, &[REUSE])?);
+    // Streams have them, of no use and with differing defaults, but do not let anybody set them.
+    saved.retain(|option| !MULTICAST.contains(&(option.level, option.name)));
     let option = |o: options::Saved| Saved { level: o.level, name: o.name, value: o.value };
     record.options = saved.into_iter().map(option).collect();
+    if shape == Shape::Connected {
+        // Beyond what the peer's FIN brings about.
+        let deaf = events & libc::POLLRDHUP != 0 && !state::fin_received(info.state);
+        record.shutdown = deaf.into();
+        connection::dump(host, object, handle, fd, &mut record)?;
+    }
     Ok(Dumped::new(record))
 }
 

@@ -1,8 +1,11 @@
 //! TCP sockets over IPv4 and IPv6: tcp(7). Listening, bound and closed ones always; connections with
 //! `--tcp-established` (through `TCP_REPAIR`) or, ended, with `--tcp-close`.
 
+mod connection;
 mod dump;
 mod kernel;
+mod lock;
+mod nft;
 mod restore;
 
 use stasis_plugin_api::{
@@ -11,7 +14,6 @@ use stasis_plugin_api::{
 };
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-#[allow(dead_code)]
 mod record {
     include!(concat!(env!("OUT_DIR"), "/records.rs"));
 }
@@ -36,12 +38,16 @@ impl Descriptor for Tcp {
     }
 
     fn describe(&self, host: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
-        dump::describe(host, handle, fd)?;
+        lock::note(host, handle, fd)?;
         Ok(socket::describe::<Self>(handle))
     }
 
     fn dump(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket>> {
         dump::dump(host, object)
+    }
+
+    fn commit(&self, host: &Host<'_>, _: &ObjectInfo) -> Result<()> {
+        lock::keep(host)
     }
 
     fn create(&self, host: &Host<'_>, object: &ObjectInfo, record: &Socket) -> Result<Vec<OwnedFd>> {
@@ -58,6 +64,7 @@ impl Descriptor for Tcp {
 }
 
 register!(descriptor: Tcp);
+register!(lifecycle: lock::NetworkLock);
 export_plugin! {
     name: "tcp",
     records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")),

@@ -1,6 +1,7 @@
 //! From a record to a live socket.
 
 use crate::{
+    CLOSE, connection,
     dump::tables,
     record::stasis::tcp::v1::{Option as Recorded, Shape, Socket},
 };
@@ -18,15 +19,32 @@ pub(crate) fn saved(record: &Socket) -> Vec<Saved> {
     record.options.iter().map(one).collect()
 }
 
+/// What becomes of a socket: connections may be ended instead of kept.
+fn shape(host: &Host<'_>, record: &Socket) -> Shape {
+    match record.shape() {
+        Shape::Connected if host.has_option(CLOSE) => Shape::Ended,
+        shape => shape,
+    }
+}
+
+fn reuse_address(record: &Socket) -> bool {
+    let is = |option: &&Recorded| (option.level, option.name) == (libc::SOL_SOCKET, libc::SO_REUSEADDR);
+    record.options.iter().find(is).is_some_and(|option| option.value.iter().any(|byte| *byte != 0))
+}
+
 /// Bound and listening. Until all sockets have their ports they may share them.
-pub(crate) fn create(_: &Host<'_>, _: &ObjectInfo, record: &Socket) -> Result<OwnedFd> {
+pub(crate) fn create(host: &Host<'_>, object: &ObjectInfo, record: &Socket) -> Result<OwnedFd> {
     if !matches!(record.domain, libc::AF_INET | libc::AF_INET6) {
         return Err(HookError::invalid(format!("{} is no domain of TCP", record.domain)));
     }
     let owned = socket::socket(record.domain, libc::SOCK_STREAM, libc::IPPROTO_TCP)
         .map_err(|error| HookError::failed("socket", error))?;
     let fd = owned.as_fd();
-    let shape = record.shape();
+    let shape = shape(host, record);
+    if shape == Shape::Connected {
+        connection::create(host, object, record, fd)?;
+        return Ok(owned);
+    }
     options::write(fd, tables(record.domain, shape), &saved(record))?;
     share_port(fd)?;
     if shape == Shape::Ended || !is_bound(&record.local) {
@@ -73,7 +91,7 @@ pub(crate) fn link(host: &Host<'_>, object: &ObjectInfo, record: &Socket) -> Res
     let owned = host.open_handle(socket::only_handle(object)?.id)?;
     let fd = owned.as_fd();
     filter::write(fd, &record.filter, record.filter_locked)?;
-    match record.shape() {
+    match shape(host, record) {
         Shape::Connecting => connect_again(fd, &record.peer),
         Shape::Ended => {
             // ENOTCONN, but shut down all the same (net/ipv4/af_inet.c, inet_shutdown).
@@ -106,7 +124,11 @@ fn set_nonblocking(fd: BorrowedFd<'_>) -> std::io::Result<()> {
 /// Every port is taken.
 pub(crate) fn settle(host: &Host<'_>, object: &ObjectInfo, record: &Socket) -> Result<()> {
     let owned = host.open_handle(socket::only_handle(object)?.id)?;
-    options::write(owned.as_fd(), &[REUSE], &saved(record))?;
+    if shape(host, record) == Shape::Connected {
+        connection::settle(object, &owned, reuse_address(record))?;
+    } else {
+        options::write(owned.as_fd(), &[REUSE], &saved(record))?;
+    }
     match record.uid {
         Some(uid) => socket::give_to(owned.as_fd(), uid),
         None => Ok(()),

@@ -82,7 +82,7 @@ pub(crate) fn link(host: &Host<'_>, object: &ObjectInfo, record: &Socket) -> Res
     if !record.queue.is_empty() {
         fill(host, object, record, fd)?;
         // The room that was made for the queue is given back.
-        options::write(fd, tables(record.domain), &saved(record))?;
+        options::write(fd, &[options::SOCKET], &saved(record))?;
     }
     if !record.peer.is_empty() {
         socket::connect(fd, &record.peer).map_err(|error| {

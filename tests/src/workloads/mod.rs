@@ -130,6 +130,7 @@ workloads! {
     devices: "memory devices";
     unix_pair: "connected unix sockets, credentials and a pipe's end in flight";
     tcp_listen: "TCP sockets that are not connected: listening, in groups, bound, unbound, ended";
+    tcp_connected: "TCP connections: megabytes in their queues, half closed, IPv4, IPv6, mapped", flags("--tcp-established");
     udp_sockets: "UDP sockets with queues, senders, options, peers and memberships";
     unix_server: "a server with listeners of every kind and three clients";
     unix_datagrams: "datagrams with their senders, connected sockets, peers that are gone";

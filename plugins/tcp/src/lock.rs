@@ -1,0 +1,247 @@
+//! The network lock: from the freeze to the restore no packet of a connection passes, so that nothing changes behind the
+//! dump's back, and nobody's kernel answers for a socket that is not there.
+//!
+//! During a dump, and during a restore, it is a table of nf_tables that goes with its netlink socket: the guardian holds
+//! that of the dump, and closes it when the connections are as they were. Just before the tree is killed a second table
+//! is made that stays; the restore removes it, whether it succeeds or not, or `stasis unlock`.
+
+use crate::{CLOSE, ESTABLISHED, kernel, nft, record::stasis::tcp::v1::Locked};
+use stasis_plugin_api::{
+    Event, HandleInfo, HookError, Host, Lifecycle, Result, UndoStep,
+    prost::Message,
+    socket::{self, inject::Path},
+};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Blobs: the name of the table, and the connections.
+const NAME: &str = "lock";
+pub(crate) const CONNECTIONS: &str = "connections";
+/// No list of connections is longer.
+const LONGEST_LIST: u64 = 1 << 28;
+
+/// What this process knows of the tree's connections.
+struct State {
+    /// By inode number: the net namespace, and the two directions.
+    connections: BTreeMap<u64, (u64, [Path; 2])>,
+    namespaces: BTreeMap<u64, File>,
+    table: String,
+    /// Sockets that own tables.
+    owners: Vec<OwnedFd>,
+    kept: bool,
+    restoring: bool,
+}
+
+static STATE: Mutex<State> = Mutex::new(State {
+    connections: BTreeMap::new(),
+    namespaces: BTreeMap::new(),
+    table: String::new(),
+    owners: Vec::new(),
+    kept: false,
+    restoring: false,
+});
+
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn directions(local: &[u8], peer: &[u8]) -> std::option::Option<[Path; 2]> {
+    Some([Path::new(local, peer)?, Path::new(peer, local)?])
+}
+
+/// Notes a connection that is to be locked once all is frozen.
+pub(crate) fn note(host: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<()> {
+    let state_of = kernel::info(fd)?.state;
+    let keeps = host.has_option(ESTABLISHED) && !host.has_option(CLOSE);
+    if !keeps || !kernel::state::CONNECTED.contains(&state_of) {
+        return Ok(());
+    }
+    let failed = |error| HookError::failed("the addresses of a connection", error);
+    let local = socket::local_address(fd).map_err(failed)?;
+    let peer = socket::peer_address(fd).map_err(failed)?.unwrap_or_default();
+    let Some(paths) = directions(&local, &peer) else { return Ok(()) };
+    let namespace = socket::namespace(fd)?;
+    let number = namespace.metadata().map_err(failed)?.ino();
+    let mut state = state();
+    state.connections.insert(handle.ino, (number, paths));
+    state.namespaces.entry(number).or_insert(namespace);
+    Ok(())
+}
+
+/// Whether the lock holds for a socket.
+pub(crate) fn covers(ino: u64) -> bool {
+    let state = state();
+    !state.owners.is_empty() && state.connections.contains_key(&ino)
+}
+
+fn failed(error: io::Error) -> HookError {
+    HookError::failed("the network lock (nf_tables)", error)
+        .remedy("needs CAP_NET_ADMIN and a kernel with nf_tables; or end the connections with --tcp-close")
+}
+
+fn own_namespace() -> io::Result<u64> {
+    Ok(std::fs::metadata("/proc/self/ns/net")?.ino())
+}
+
+/// A netlink socket in a namespace, made by a thread that enters it and ends.
+fn open_in(namespace: &File) -> io::Result<OwnedFd> {
+    if namespace.metadata()?.ino() == own_namespace()? {
+        return nft::open();
+    }
+    let namespace = namespace.try_clone()?;
+    let enter = move || {
+        // SAFETY: changes this thread alone, which ends below.
+        socket::check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) })?;
+        nft::open()
+    };
+    std::thread::spawn(enter).join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+}
+
+impl State {
+    fn paths(&self, namespace: u64) -> Vec<Path> {
+        let of_it = self.connections.values().filter(|(number, _)| *number == namespace);
+        of_it.flat_map(|(_, paths)| *paths).collect()
+    }
+
+    /// All is frozen.
+    fn lock(&mut self, host: &Host<'_>) -> Result<()> {
+        if self.connections.is_empty() {
+            return Ok(());
+        }
+        let mut random = [0; 8];
+        File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).map_err(failed)?;
+        self.table = format!("stasis-{:016x}", u64::from_ne_bytes(random));
+        host.blob_writer(NAME).write_all(self.table.as_bytes()).map_err(failed)?;
+        for (number, namespace) in &self.namespaces {
+            let netlink = open_in(namespace).map_err(failed)?;
+            // Held by the guardian until every socket is as it was.
+            host.undo(netlink.as_fd(), &[])?;
+            nft::send(&netlink, &nft::lock(&self.table, &self.paths(*number), true)).map_err(failed)?;
+            self.owners.push(netlink);
+        }
+        Ok(())
+    }
+
+    /// The tree is about to be killed: a table that stays. Another namespace goes with the tree.
+    fn keep(&mut self, host: &Host<'_>) -> Result<()> {
+        let paths = self.paths(own_namespace().map_err(failed)?);
+        if self.kept || paths.is_empty() {
+            return Ok(());
+        }
+        let netlink = nft::open().map_err(failed)?;
+        let table = kept(&self.table);
+        host.undo(netlink.as_fd(), &[UndoStep::Write(nft::unlock(&table).as_slice().into())])?;
+        nft::send(&netlink, &nft::lock(&table, &paths, false)).map_err(failed)?;
+        self.kept = true;
+        Ok(())
+    }
+}
+
+/// The name of the table that stays.
+fn kept(table: &str) -> String {
+    format!("{table}-kept")
+}
+
+/// Makes the lock outlive the dump.
+pub(crate) fn keep(host: &Host<'_>) -> Result<()> {
+    state().keep(host)
+}
+
+/// What the image says of its connections.
+pub(crate) fn connections(host: &Host<'_>) -> Result<Vec<Locked>> {
+    let mut bytes = Vec::new();
+    let read = host.blob_reader(CONNECTIONS).take(LONGEST_LIST).read_to_end(&mut bytes);
+    read.map_err(|error| HookError::failed("reading the list of connections", error))?;
+    let mut rest = bytes.as_slice();
+    let mut list = Vec::new();
+    while !rest.is_empty() {
+        let one = Locked::decode_length_delimited(&mut rest);
+        list.push(one.map_err(|error| HookError::invalid(format!("the list of connections: {error}")))?);
+    }
+    Ok(list)
+}
+
+/// Removes the table that the dump has left, if it is still there.
+fn lift_kept(host: &Host<'_>) -> Result<()> {
+    let mut table = String::new();
+    let read = host.blob_reader(NAME).take(64).read_to_string(&mut table);
+    read.map_err(|error| HookError::failed("reading the name of the lock", error))?;
+    let valid = |name: &str| name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !table.strip_prefix("stasis-").is_some_and(valid) {
+        return Ok(());
+    }
+    match nft::open().and_then(|netlink| nft::send(&netlink, &nft::unlock(&kept(&table)))) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(failed(error)),
+        _ => Ok(()),
+    }
+}
+
+/// A lock of the restore's own: that of the dump may be gone, or was on another machine.
+fn lock_for_restore(host: &Host<'_>) -> Result<()> {
+    let list = connections(host)?;
+    if list.is_empty() || host.has_option(CLOSE) {
+        return Ok(());
+    }
+    let paths: Vec<Path> =
+        list.iter().filter_map(|one| directions(&one.local, &one.peer)).flatten().collect();
+    let table = format!("stasis-restore-{}", std::process::id());
+    let netlink = nft::open().map_err(failed)?;
+    nft::send(&netlink, &nft::lock(&table, &paths, true)).map_err(failed)?;
+    state().owners.push(netlink);
+    Ok(())
+}
+
+/// Everything is in place: packets pass again, and every connection asks its peer where it is.
+fn release(host: &Host<'_>) -> Result<()> {
+    state().owners.clear();
+    lift_kept(host)?;
+    if host.has_option(CLOSE) {
+        return Ok(());
+    }
+    for connection in connections(host)? {
+        if host.handle(connection.handle).is_none_or(|handle| handle.holders.is_empty()) {
+            // In flight inside another socket's queue: `settle` has done it.
+            continue;
+        }
+        let fd = host.open_handle(connection.handle)?;
+        kernel::leave_repair(fd.as_fd(), kernel::REPAIR_OFF, connection.reuse_address)?;
+    }
+    Ok(())
+}
+
+/// Its hooks.
+pub(crate) struct NetworkLock;
+
+impl Lifecycle for NetworkLock {
+    const KIND: &'static str = "network-lock";
+
+    fn event(&self, host: &Host<'_>, event: Event) -> Result<()> {
+        match event {
+            Event::Frozen => state().lock(host),
+            Event::BeforeRestore => {
+                state().restoring = true;
+                lock_for_restore(host)
+            }
+            Event::Restored => release(host),
+            Event::Unlock => lift_kept(host),
+            // From here on the guardian alone holds the lock, and lets go when it has put back all else.
+            Event::BeforeResume | Event::Dumped => {
+                state().owners.clear();
+                Ok(())
+            }
+            Event::Aborted => {
+                state().owners.clear();
+                if state().restoring { lift_kept(host) } else { Ok(()) }
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Network services whose clients are outside the tree, and notice nothing: `SERVICE::WHAT`.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use stasis_tests::launch::Flavour;
+use stasis_tests::scenario::{Doing, Failure, Stage};
+use stasis_tests::suite::{self, Test};
+use stasis_tests::tool::Tool;
+
+const PORT: u16 = 7777;
+const PATIENCE: Duration = Duration::from_secs(40);
+const KEEP: &str = "--tcp-established";
+
+fn address() -> SocketAddr {
+    ([127, 0, 0, 1], PORT).into()
+}
+
+/// A program of the system.
+fn find(name: &str) -> Result<PathBuf, Failure> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    places.push("/usr/sbin".into());
+    let found = places.into_iter().map(|dir| dir.join(name)).find(|file| file.is_file());
+    found.ok_or_else(|| Failure::Skipped(format!("{name} is not installed")))
+}
+
+fn broken(what: impl Into<String>) -> Failure {
+    Failure::Changed("dump and restore", what.into())
+}
+
+/// Starts a service, which is ready when it takes a connection.
+fn start(dir: &Path, argv: &[&str]) -> Result<Stage, Failure> {
+    let ready = dir.join("ready");
+    let waiter = thread::spawn(move || {
+        let began = Instant::now();
+        while TcpStream::connect(address()).is_err() && began.elapsed() < PATIENCE {
+            thread::sleep(Duration::from_millis(10));
+        }
+        // Long enough to see that the look was over.
+        thread::sleep(Duration::from_millis(100));
+        fs::write(ready, "")
+    });
+    let stage = Stage::start_command(dir, Flavour::Host, argv, PATIENCE)?;
+    let waited = waiter.join().map_err(|_| broken("the look at the port panicked"))?;
+    waited.doing("announcing the service")?;
+    Ok(stage)
+}
+
+/// A snapshot of the running service, and then a dump that ends it, and a restore.
+fn through(stage: &mut Stage) -> Result<(), Failure> {
+    let tool = Tool::discover().doing("finding the tool")?;
+    stage.dump(&tool, "running", &["-R", KEEP])?;
+    thread::sleep(Duration::from_millis(200));
+    let pids = stage.pids();
+    stage.dump(&tool, "img", &[KEEP])?;
+    stage.assert_gone(&pids)?;
+    thread::sleep(Duration::from_millis(100));
+    stage.restore(&tool, "img", &[])?;
+    no_rules()
+}
+
+/// No lock is left.
+fn no_rules() -> Result<(), Failure> {
+    let nft = find("nft")?;
+    let output = Command::new(nft).args(["list", "tables"]).output().doing("listing tables")?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    if said.contains("stasis") { Err(broken(format!("rules are left: {said}"))) } else { Ok(()) }
+}
+
+fn joined<T>(thread: JoinHandle<Result<T, Failure>>) -> Result<T, Failure> {
+    thread.join().map_err(|_| broken("a client panicked"))?
+}
+
+fn finish(stage: &Stage) -> Result<(), Failure> {
+    stage.kill_tree()?;
+    fs::remove_dir_all(&stage.dir).doing("removing the directory")
+}
+
+/// Clients that count in redis as fast as they can; every answer is the next number. Gives the longest stall.
+fn count(key: usize, stop: &AtomicBool) -> Result<(u64, Duration), Failure> {
+    const AT_ONCE: u64 = 16;
+    let mut stream = TcpStream::connect(address()).doing("connecting")?;
+    stream.set_read_timeout(Some(PATIENCE)).doing("setting a timeout")?;
+    let request = format!("INCR key{key}\r\n").repeat(AT_ONCE as usize);
+    let (mut done, mut longest, mut buffer) = (0, Duration::ZERO, Vec::new());
+    while !stop.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        stream.write_all(request.as_bytes()).doing("sending requests")?;
+        let expected: String = (done + 1..=done + AT_ONCE).map(|n| format!(":{n}\r\n")).collect();
+        buffer.resize(expected.len(), 0);
+        stream.read_exact(&mut buffer).doing("reading answers")?;
+        if buffer != expected.as_bytes() {
+            return Err(broken(format!("redis answered {:?}", String::from_utf8_lossy(&buffer))));
+        }
+        done += AT_ONCE;
+        longest = longest.max(began.elapsed());
+    }
+    Ok((done, longest))
+}
+
+fn redis(test: &str) -> Result<(), Failure> {
+    let server = find("redis-server")?;
+    let dir = Stage::fresh_dir(test)?;
+    let (server, work) = (server.to_string_lossy().into_owned(), dir.join("work").display().to_string());
+    let port = PORT.to_string();
+    // The background thread of its allocator sleeps until a point in time, which is another test's concern.
+    let options = ["--appendonly", "yes", "--save", "", "--jemalloc-bg-thread", "no"];
+    let argv = [&[server.as_str(), "--port", &port, "--dir", &work], &options[..]].concat();
+    let mut stage = start(&dir, &argv)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..50)
+        .map(|key| {
+            let stop = Arc::clone(&stop);
+            thread::spawn(move || count(key, &stop))
+        })
+        .collect();
+    thread::sleep(Duration::from_millis(200));
+    let result = through(&mut stage);
+    thread::sleep(Duration::from_millis(300));
+    stop.store(true, Ordering::Relaxed);
+    let mut longest = Duration::ZERO;
+    let mut total = 0;
+    for client in clients {
+        let (done, stall) = joined(client)?;
+        (total, longest) = (total + done, longest.max(stall));
+    }
+    result?;
+    println!("{total} requests, longest stall {longest:?}");
+    finish(&stage)
+}
+
+fn nginx(test: &str) -> Result<(), Failure> {
+    let server = find("nginx")?;
+    let dir = Stage::fresh_dir(test)?;
+    let work = dir.join("work");
+    let content: Vec<u8> =
+        (0..24u32 << 18).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    fs::write(work.join("big"), &content).doing("making a file")?;
+    let place = work.display().to_string();
+    let conf = format!(
+        "daemon off; worker_processes 2; user root; pid {place}/pid; error_log {place}/error.log;
+        events {{ worker_connections 512; }}
+        http {{ access_log off; client_body_temp_path {place}/t1; proxy_temp_path {place}/t2;
+          fastcgi_temp_path {place}/t3; uwsgi_temp_path {place}/t4; scgi_temp_path {place}/t5;
+          server {{ listen 127.0.0.1:{PORT}; root {place}; limit_rate 12m; }} }}"
+    );
+    fs::write(work.join("conf"), conf).doing("writing a configuration")?;
+    let (server, conf) = (server.to_string_lossy().into_owned(), format!("{place}/conf"));
+    let mut stage = start(&dir, &[&server, "-c", &conf])?;
+    let client = thread::spawn(move || -> Result<bool, Failure> {
+        let mut stream = TcpStream::connect(address()).doing("connecting")?;
+        stream.set_read_timeout(Some(PATIENCE)).doing("setting a timeout")?;
+        stream.write_all(b"GET /big HTTP/1.0\r\nHost: here\r\n\r\n").doing("sending a request")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).doing("downloading")?;
+        Ok(answer.ends_with(&content) && answer.len() < content.len() + 1000)
+    });
+    thread::sleep(Duration::from_millis(300));
+    let result = through(&mut stage);
+    let whole = joined(client);
+    result?;
+    if !whole? {
+        return Err(broken("the download is not the file"));
+    }
+    finish(&stage)
+}
+
+const IDLE: usize = 1000;
+
+/// A server with many clients, each of which says something now and then.
+fn asyncio(test: &str) -> Result<(), Failure> {
+    let python = find("python3")?;
+    let output = Command::new(python).args(["-c", "import sys; print(sys.executable)"]).output();
+    let python =
+        String::from_utf8_lossy(&output.doing("asking python where it is")?.stdout).trim().to_owned();
+    let dir = Stage::fresh_dir(test)?;
+    let script = format!("{}/real/echo_server.py", env!("CARGO_MANIFEST_DIR"));
+    let port = PORT.to_string();
+    let mut stage = start(&dir, &[&python, &script, &port])?;
+    let mut clients = Vec::with_capacity(IDLE);
+    for _ in 0..IDLE {
+        clients.push(TcpStream::connect(address()).doing("connecting")?);
+    }
+    echo(&mut clients)?;
+    through(&mut stage)?;
+    echo(&mut clients)?;
+    drop(clients);
+    finish(&stage)
+}
+
+fn echo(clients: &mut [TcpStream]) -> Result<(), Failure> {
+    for (number, client) in clients.iter_mut().enumerate() {
+        client.set_read_timeout(Some(PATIENCE)).doing("setting a timeout")?;
+        let line = format!("hello {number}\n");
+        client.write_all(line.as_bytes()).doing("saying hello")?;
+    }
+    for (number, client) in clients.iter_mut().enumerate() {
+        let line = format!("hello {number}\n");
+        let mut buffer = vec![0; line.len()];
+        client.read_exact(&mut buffer).doing("reading the echo")?;
+        if buffer != line.as_bytes() {
+            return Err(broken(format!("client {number} got {:?}", String::from_utf8_lossy(&buffer))));
+        }
+    }
+    Ok(())
+}
+
+/// Without the flag a connection is refused by name; a failed dump and one whose command is killed leave no rule and no
+/// socket in repair mode.
+fn refused(test: &str) -> Result<(), Failure> {
+    let python = find("python3")?;
+    let output = Command::new(python).args(["-c", "import sys; print(sys.executable)"]).output();
+    let python =
+        String::from_utf8_lossy(&output.doing("asking python where it is")?.stdout).trim().to_owned();
+    let dir = Stage::fresh_dir(test)?;
+    let script = format!("{}/real/echo_server.py", env!("CARGO_MANIFEST_DIR"));
+    let stage = start(&dir, &[&python, &script, &PORT.to_string()])?;
+    let mut clients = vec![TcpStream::connect(address()).doing("connecting")?];
+    echo(&mut clients)?;
+    let tool = Tool::discover().doing("finding the tool")?;
+    let images = dir.join("refused");
+    fs::create_dir_all(&images).doing("making the image directory")?;
+    let done = stage.tool(&mut tool.dump(stage.root, &images, &[]))?;
+    if done.status.success() || !done.said.contains(KEEP) {
+        return Err(broken(format!("a connection was not refused by name: {}", done.said)));
+    }
+    echo(&mut clients)?;
+    for delay in [5, 20, 40, 60, 80, 100, 130, 160] {
+        let images = dir.join(format!("killed{delay}"));
+        fs::create_dir_all(&images).doing("making the image directory")?;
+        let mut command = tool.dump(stage.root, &images, &["-R", KEEP]);
+        let mut child = stasis_tests::tool::start(&mut command, &dir.join("killed.out"))?;
+        thread::sleep(Duration::from_millis(delay));
+        let _ = child.kill();
+        let _ = child.wait();
+        echo(&mut clients)?;
+        let began = Instant::now();
+        while no_rules().is_err() && began.elapsed() < Duration::from_secs(10) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        no_rules()?;
+    }
+    finish(&stage)
+}
+
+fn main() -> ExitCode {
+    suite::main(vec![
+        Test::new("redis::pipelining", redis),
+        Test::new("nginx::download", nginx),
+        Test::new("asyncio::idle", asyncio),
+        Test::new("asyncio::refused_and_killed", refused),
+    ])
+}
