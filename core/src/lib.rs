@@ -3,6 +3,7 @@
 //! ARCHITECTURE.md is the map. Core knows processes, threads, memory, descriptor tables and path-backed files; every other
 //! resource is known by exactly one plugin (see `stasis-plugin-api`).
 
+pub mod action;
 pub mod arch;
 pub mod cli;
 pub mod dump;

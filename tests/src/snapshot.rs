@@ -84,7 +84,8 @@ const WHOLE: [&str; 11] = [
 ];
 
 /// Lines of fdinfo that differ by nature.
-const FDINFO_VARIES: [&str; 6] = ["mnt_id:", "ino:", "it_value:", "ticks:", "eventfd-id:", "scm_fds:"];
+const FDINFO_VARIES: [&str; 7] =
+    ["mnt_id:", "ino:", "it_value:", "ticks:", "eventfd-id:", "scm_fds:", "Pid:"];
 
 impl Snapshot {
     /// Looks at the tree below `root`.
@@ -188,6 +189,10 @@ impl Snapshot {
                 // An epoll entry ends with the position, inode and device of its target.
                 .map(|line| match line.find(" pos:") {
                     Some(end) if line.starts_with("tfd:") => line[..end].to_owned(),
+                    // Of a process descriptor: the pid in the innermost namespace, which alone stays.
+                    _ if line.starts_with("NSpid:") => {
+                        format!("NSpid: {}", line.split_whitespace().next_back().unwrap_or_default())
+                    }
                     _ => open_flags(line).or_else(|| lock(line)).unwrap_or_else(|| line.to_owned()),
                 })
                 .collect();

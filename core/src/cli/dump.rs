@@ -30,6 +30,9 @@ pub struct DumpArgs {
     /// A resource that is outside of the tree and stays there, e.g. tty[RDEV:DEV]; may be repeated
     #[arg(long, value_name = "KEY")]
     external: Vec<String>,
+    /// Run this command at fixed points, told by CRTOOLS_SCRIPT_ACTION; may be repeated
+    #[arg(long, value_name = "COMMAND")]
+    action_script: Vec<String>,
     /// With --leave-running: keep the tree frozen while pages are copied, and need no memory for a snapshot
     #[arg(long)]
     no_cow: bool,
@@ -80,6 +83,7 @@ pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption
         },
         shell_job: args.shell_job,
         external: args.external.clone(),
+        action_scripts: args.action_script.clone(),
         copy_on_write: !args.no_cow,
         timeout: Duration::try_from_secs_f64(args.timeout).unwrap_or(Duration::MAX),
         freeze_cgroup: args.freeze_cgroup.clone(),

@@ -37,6 +37,9 @@ pub struct RestoreArgs {
     /// Descriptor N of this command takes the place of an external resource; may be repeated
     #[arg(long, value_name = "fd[N]:KEY")]
     inherit_fd: Vec<InheritFd>,
+    /// Run this command at fixed points, told by CRTOOLS_SCRIPT_ACTION; may be repeated
+    #[arg(long, value_name = "COMMAND")]
+    action_script: Vec<String>,
     /// Write the pid of the restored root process to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -66,6 +69,7 @@ pub fn run(args: &RestoreArgs, common: &CommonArgs, plugin_options: Vec<GivenOpt
         leave_stopped: args.leave_stopped,
         shell_job: args.shell_job,
         external: args.external.clone(),
+        action_scripts: args.action_script.clone(),
         inherit_fds: args.inherit_fd.clone(),
         pidfile: args.pidfile.clone(),
         timeout: args.timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),

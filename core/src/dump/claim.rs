@@ -8,9 +8,9 @@ use super::{
 use crate::{
     files::{Names, locks, table::Handle},
     image::records::{FileLock, LockKind, PathRef},
-    memory::describe::Unknown,
+    memory::describe::{Unknown, map_file},
     plugins::{HandleFacts, MappingFacts, MappingKind, Wanted},
-    proc::ProcDir,
+    proc::{ProcDir, mappings::Mapping},
     tree::{Process, Tree},
 };
 use stasis_plugin_api::{ErrorKind, VmaInfo};
@@ -171,13 +171,17 @@ fn descriptor(
     let inventory = context.inventory.borrow();
     let handle = &inventory.handles.all[index];
     let (pid, number) = handle.subject();
+    let (pid, place) = match &handle.mapped {
+        Some((pid, place)) => (*pid, place.clone()),
+        None => (pid, format!("descriptor {number}")),
+    };
     // The loop of the caller goes over existing handles only.
     let info = inventory.handle_info(id).unwrap_or_default();
     let locked = match locks(context, &inventory, handle)? {
         Ok(locks) => locks,
         Err((why, remedy)) => {
             let what = format!("{} {why}", info.link);
-            missing.push(unclaimed(&inventory.tree, pid, format!("descriptor {number}"), what, remedy));
+            missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
             return Ok((Claim::Path, Vec::new()));
         }
     };
@@ -204,12 +208,12 @@ fn descriptor(
             let remedy = helper.map(|name| format!("plugin {name} would take it: enable it"));
             (format!("{} is claimed by no enabled plugin", info.link), remedy.unwrap_or_default())
         };
-        missing.push(unclaimed(&inventory.tree, pid, format!("descriptor {number}"), what, remedy));
+        missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
         return Ok((Claim::Path, Vec::new()));
     };
     let task = inventory.tree.processes.iter().find(|process| process.host_pid == pid);
     let task_name = task.map_or("", |process| process.name.as_str());
-    let resource = format!("descriptor {number}, {}", info.link);
+    let resource = format!("{place}, {}", info.link);
     let fd = open().as_ref().map_err(|&errno| DumpError::Duplicate {
         pid,
         number,
@@ -224,7 +228,7 @@ fn descriptor(
         Err(error) if error.source.kind == ErrorKind::Unsupported => {
             let what = format!("{}: {}", info.link, error.source.what);
             let remedy = error.source.remedy.to_string();
-            missing.push(unclaimed(&inventory.tree, pid, format!("descriptor {number}"), what, remedy));
+            missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
             return Ok((Claim::Path, Vec::new()));
         }
         Err(error) => return Err(error.into()),
@@ -282,15 +286,14 @@ pub(super) fn sessions(context: &Context<'_>, missing: &mut Vec<Unclaimed>) -> R
     Ok(())
 }
 
-/// Mappings that core does not know: the plugin and kind that takes each.
-pub(super) fn mapping<'r>(
-    context: &'r Context<'_>,
-    process: &Process,
-    unknown: &Unknown,
-    missing: &mut Vec<Unclaimed>,
-) -> Option<(&'r MappingKind, VmaInfo)> {
-    let mapping = &unknown.mapping;
-    let info = VmaInfo {
+/// For facts that nobody can look up.
+pub(super) fn no_facts<T>() -> Option<T> {
+    None
+}
+
+/// What hooks are shown of a mapping, and whether it is one of a character device.
+fn mapping_info(process: &Process, mapping: &Mapping) -> VmaInfo {
+    VmaInfo {
         pid: process.pid,
         start: mapping.start,
         end: mapping.end,
@@ -300,26 +303,46 @@ pub(super) fn mapping<'r>(
         dev: mapping.dev,
         ino: mapping.ino,
         path: String::from_utf8_lossy(&mapping.path).as_ref().into(),
-    };
-    let device = || {
-        let stat = process.proc.stat(&format!("map_files/{:x}-{:x}", mapping.start, mapping.end)).ok()?;
-        (stat.st_mode & libc::S_IFMT == libc::S_IFCHR).then_some(stat.st_rdev)
-    };
-    let facts = MappingFacts::new(&info, &device);
-    if let Some(kind) = context.registry.mapping_for(&facts) {
-        return Some((kind, info));
     }
+}
+
+fn device(process: &Process, mapping: &Mapping) -> Option<u64> {
+    let stat = process.proc.stat(&map_file(mapping)).ok()?;
+    (stat.st_mode & libc::S_IFMT == libc::S_IFCHR).then_some(stat.st_rdev)
+}
+
+/// The plugin and kind that takes a mapping that core does not know.
+pub(super) fn mapping_kind<'r>(
+    context: &'r Context<'_>,
+    process: &Process,
+    mapping: &Mapping,
+) -> Option<(&'r MappingKind, VmaInfo)> {
+    let info = mapping_info(process, mapping);
+    let device = || device(process, mapping);
+    let kind = context.registry.mapping_for(&MappingFacts::new(&info, &device))?;
+    Some((kind, info))
+}
+
+/// The same, with an entry in the list if there is none.
+pub(super) fn mapping<'r>(
+    context: &'r Context<'_>,
+    process: &Process,
+    unknown: &Unknown,
+    missing: &mut Vec<Unclaimed>,
+) -> Option<(&'r MappingKind, VmaInfo)> {
+    let mapping = &unknown.mapping;
+    let claimed = mapping_kind(context, process, mapping);
+    if claimed.is_some() {
+        return claimed;
+    }
+    let info = mapping_info(process, mapping);
+    let device = || device(process, mapping);
     let what = format!("{} is claimed by no enabled plugin: {}", info.path, unknown.why);
-    let remedy = context.registry.would_take(Wanted::Mapping(&facts));
+    let remedy = context.registry.would_take(Wanted::Mapping(&MappingFacts::new(&info, &device)));
     let remedy = remedy.map_or_else(String::new, |name| format!("plugin {name} would take it: enable it"));
     let inventory = context.inventory.borrow();
-    missing.push(unclaimed(
-        &inventory.tree,
-        process.host_pid,
-        place(mapping.start, mapping.end),
-        what,
-        remedy,
-    ));
+    let place = place(mapping.start, mapping.end);
+    missing.push(unclaimed(&inventory.tree, process.host_pid, place, what, remedy));
     None
 }
 

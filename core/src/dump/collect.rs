@@ -5,6 +5,7 @@ use super::{
     claim::{self, Unclaimed, unclaimed},
     ghosts,
     inventory::Inventory,
+    mapped,
     pages::Pages,
 };
 use crate::{
@@ -108,6 +109,7 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
 impl FrozenTree {
     fn claim(&mut self, context: &Context<'_>, missing: &mut Vec<Unclaimed>) -> Result<(), DumpError> {
         claim::sessions(context, missing)?;
+        mapped::adopt(context, &mut self.memory, &mut self.objects)?;
         claim::descriptors(context, &mut self.objects.names, missing)?;
         let inventory = context.inventory.borrow();
         for (index, (process, memory)) in inventory.tree.living().zip(&mut self.memory).enumerate() {

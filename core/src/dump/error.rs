@@ -2,6 +2,7 @@
 
 use super::claim::Unclaimed;
 use crate::{
+    action::ActionError,
     front::{FrontError, Interrupted},
     guardian::GuardianError,
     image::ImageError,
@@ -44,6 +45,9 @@ pub enum DumpError {
     /// The process that supervises the command failed, or the command crashed.
     #[error(transparent)]
     Front(#[from] FrontError),
+    /// A script of the user.
+    #[error(transparent)]
+    Action(#[from] ActionError),
     /// Resources that nobody takes, all of them.
     #[error("{} cannot be dumped:{}", count(.0.len()), lines(.0))]
     Unclaimed(Vec<Unclaimed>),

@@ -7,6 +7,7 @@ mod error;
 mod ghosts;
 mod host;
 mod inventory;
+mod mapped;
 mod options;
 mod pages;
 mod resources;
@@ -16,6 +17,7 @@ pub use error::DumpError;
 pub use options::{Afterwards, DumpOptions};
 
 use crate::{
+    action::{Action, ActionScripts},
     front::{self, Supervision},
     guardian::{Guardian, protocol::Outcome},
     image::ImageWriter,
@@ -25,7 +27,7 @@ use host::DumpHost;
 use inventory::Inventory;
 use stasis_plugin_api::Event;
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     time::{Duration, Instant},
 };
 
@@ -57,6 +59,8 @@ pub(crate) struct Context<'a> {
     guardian: RefCell<Guardian>,
     inventory: RefCell<Inventory>,
     warnings: RefCell<Vec<String>>,
+    /// Whether the scripts were asked to cut connections off, and not yet to let them go on.
+    network_locked: Cell<bool>,
 }
 
 impl<'a> Context<'a> {
@@ -83,6 +87,21 @@ impl<'a> Context<'a> {
             self.call(&host, 0, "", "").event(kind, event)?;
         }
         Ok(())
+    }
+
+    /// Runs the user's scripts.
+    fn action(&self, action: Action) -> Result<(), DumpError> {
+        let options = self.options;
+        let scripts = ActionScripts { scripts: &options.action_scripts, images_dir: &options.images_dir };
+        Ok(scripts.run(action, Some(options.tree))?)
+    }
+
+    /// Lets the tree run on, connections included.
+    fn resume(&self) -> Result<(), DumpError> {
+        self.lifecycle(Event::BeforeResume)?;
+        self.network_locked.set(false);
+        self.action(Action::NetworkUnlock)?;
+        Ok(self.guardian.borrow_mut().resume_originals()?)
     }
 
     /// Whether the user wants to stop; asked between steps.
@@ -132,10 +151,16 @@ fn dump(
         guardian: RefCell::new(guardian),
         inventory: RefCell::default(),
         warnings: RefCell::default(),
+        network_locked: Cell::default(),
     };
     let mut report = DumpReport::default();
     let result = steps(&context, &mut report);
     if result.is_err() {
+        if context.network_locked.get()
+            && let Err(error) = context.action(Action::NetworkUnlock)
+        {
+            tracing::error!("{error}");
+        }
         // The first error is what the user wants to know; what fails on the way back is in the log.
         if let Err(error) = context.guardian.borrow_mut().finish(Outcome::Run) {
             tracing::error!("putting the tree back: {error}");
@@ -172,6 +197,7 @@ fn take_snapshots(context: &Context<'_>, pids: &[i32]) -> Result<Vec<(i32, i32)>
 /// What makes the image and what becomes of the tree. An error leaves the tree stopped; the caller puts it back.
 fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError> {
     let options = context.options;
+    context.action(Action::PreDump)?;
     context.lifecycle(Event::BeforeFreeze)?;
     context.check_interrupted()?;
     let frozen = Instant::now();
@@ -183,6 +209,8 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     context.check_interrupted()?;
     frozen_tree.inspect(context)?;
     passed("asked the tasks");
+    context.network_locked.set(true);
+    context.action(Action::NetworkLock)?;
     context.lifecycle(Event::Frozen)?;
     frozen_tree.write(context)?;
     resources::namespaces(context, &frozen_tree.namespaces)?;
@@ -205,8 +233,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     passed("snapshots forked");
     let snapshot = !snapshots.is_empty();
     if snapshot {
-        context.lifecycle(Event::BeforeResume)?;
-        context.guardian.borrow_mut().resume_originals()?;
+        context.resume()?;
         report.frozen = frozen.elapsed();
         pages.copy_snapshots(&context.guardian, &context.writer, &snapshots)?;
         context.guardian.borrow_mut().reap_snapshots()?;
@@ -219,8 +246,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     context.check_interrupted()?;
     let shards = if options.afterwards == Afterwards::Run && !snapshot {
         // Checksums of pages need no frozen tree.
-        context.lifecycle(Event::BeforeResume)?;
-        context.guardian.borrow_mut().resume_originals()?;
+        context.resume()?;
         report.frozen = frozen.elapsed();
         pages.finish(&context.writer)?
     } else {
@@ -235,8 +261,8 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     report.image_bytes = stats.core_bytes + stats.blob_bytes + stats.page_bytes;
     // From here on the image is complete: an error is no reason to undo it.
     context.guardian.borrow_mut().keep_links()?;
-    if let Err(error) = context.lifecycle(Event::Dumped) {
-        context.warnings.borrow_mut().push(error.to_string());
+    for error in [context.lifecycle(Event::Dumped), context.action(Action::PostDump)] {
+        context.warnings.borrow_mut().extend(error.err().map(|error| error.to_string()));
     }
     let outcome = match options.afterwards {
         Afterwards::Kill => Outcome::Kill,

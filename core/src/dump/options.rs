@@ -33,6 +33,8 @@ pub struct DumpOptions {
     pub copy_on_write: bool,
     /// `--external`: resources that the user knows to be outside, by keys of the plugins.
     pub external: Vec<String>,
+    /// `--action-script`: commands for sh(1) that run at fixed points.
+    pub action_scripts: Vec<String>,
     /// How long tasks may take to stop.
     pub timeout: Duration,
     /// A cgroup v1 freezer or v2 directory to freeze with, instead of stopping task by task.
@@ -65,6 +67,7 @@ impl DumpOptions {
             shell_job: false,
             copy_on_write: true,
             external: Vec::new(),
+            action_scripts: Vec::new(),
             timeout: Duration::from_secs(10),
             freeze_cgroup: None,
             sync: false,

@@ -32,6 +32,8 @@ pub struct Handle {
     pub locks: Vec<(i32, String)>,
     /// For those held by no table (in flight inside another object): our own duplicate.
     pub in_flight: Option<OwnedFd>,
+    /// For those that only a mapping has: the process as stasis sees it, and the mapping, for messages.
+    pub mapped: Option<(i32, String)>,
 }
 
 impl Handle {
@@ -99,6 +101,22 @@ impl Handles {
         Ok(handle)
     }
 
+    /// Enters a description of a file that is mapped and that nobody has open.
+    pub fn add_mapped(&mut self, fd: OwnedFd, pid: i32, place: String) -> Result<usize, ProcError> {
+        let handle = self.add_in_flight(fd)?;
+        self.all[handle].mapped = Some((pid, place));
+        Ok(handle)
+    }
+
+    /// A description of this file, through which it can be opened again.
+    pub fn of_file(&self, dev: u64, ino: u64) -> Option<usize> {
+        let path_only = libc::O_PATH as u32;
+        self.all.iter().position(|handle| {
+            let facts = &handle.facts;
+            (facts.stat.st_dev, facts.stat.st_ino) == (dev, ino) && facts.status_flags & path_only == 0
+        })
+    }
+
     fn find_or_add(&mut self, pid: i32, facts: DescriptorFacts) -> Result<usize, ProcError> {
         let resemblance = Resemblance {
             dev: facts.stat.st_dev,
@@ -126,7 +144,13 @@ impl Handles {
             }
         };
         if found.is_none() {
-            self.all.push(Handle { facts, holders: Vec::new(), locks: Vec::new(), in_flight: None });
+            self.all.push(Handle {
+                facts,
+                holders: Vec::new(),
+                locks: Vec::new(),
+                in_flight: None,
+                mapped: None,
+            });
         }
         Ok(found.unwrap_or(next))
     }

@@ -192,7 +192,11 @@ pub(super) fn check(image: &Image) -> Check {
         check_vmas(&known, place, map)?;
     }
     for (id, file) in &image.mapped_files {
-        Place::new(RecordKind::MappedFile, *id).path(image, file.path.as_ref())?;
+        let place = Place::new(RecordKind::MappedFile, *id);
+        place.path(image, file.path.as_ref())?;
+        if file.handle != 0 {
+            place.exists(RecordKind::Handle, &image.handles, file.handle)?;
+        }
     }
     image.ghosts.iter().try_for_each(|(id, ghost)| check_ghost(*id, ghost))?;
     for (id, segment) in &image.segments {

@@ -8,13 +8,13 @@ use super::{
 };
 use crate::{
     files::{Names, Refusal},
-    image::records::{MappedFile, SharedSegment, Vma, VmaAdvice, VmaKind},
+    image::records::{MappedFile, PathRef, SharedSegment, Vma, VmaAdvice, VmaKind},
     proc::{
         ProcDir,
         mappings::{Mapping, VmFlags},
     },
 };
-use nix::fcntl::OFlag;
+use nix::{fcntl::OFlag, sys::stat::FileStat};
 use std::{collections::HashMap, fs::File};
 
 /// User space ends here; above is the vsyscall page (Documentation/arch/x86/x86_64/mm.rst).
@@ -111,13 +111,32 @@ impl MappedObjects {
         let id = self.files.len() as u32 + 1;
         let link = map_file(mapping);
         let stat = proc.stat(&link)?;
-        let path = match self.names.refer_built(proc, &link, &mapping.path, &stat) {
+        // Programs and libraries are mapped privately; to look for a build id in a data file would be an event for whoever
+        // watches it.
+        let path = match mapping.shared {
+            true => self.names.refer(proc, &link, &mapping.path, &stat),
+            false => self.names.refer_built(proc, &link, &mapping.path, &stat),
+        };
+        let path = match path {
             Ok(path) => path,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        self.files.push(MappedFile { id, path: Some(path), writable });
+        self.files.push(MappedFile { id, path: Some(path), writable, handle: 0 });
         self.file_ids.insert(key, id);
         Ok(Ok(id))
+    }
+
+    /// A file that is known by an open file description, whose id in the image is `handle`.
+    pub fn described_file(&mut self, mapping: &Mapping, stat: &FileStat, writable: bool, handle: u32) -> u32 {
+        let known = self.files.iter().find(|file| file.handle == handle && file.writable == writable);
+        if let Some(file) = known {
+            return file.id;
+        }
+        let id = self.files.len() as u32 + 1;
+        // For messages only.
+        let path = Some(PathRef { path: mapping.path.clone(), mode: stat.st_mode, ..PathRef::default() });
+        self.files.push(MappedFile { id, path, writable, handle });
+        id
     }
 
     fn segment(&mut self, proc: &ProcDir, mapping: &Mapping) -> Result<u32, MemoryError> {
@@ -135,8 +154,13 @@ impl MappedObjects {
 }
 
 /// The magic link to the file behind a mapping, also when it is deleted.
-fn map_file(mapping: &Mapping) -> String {
+pub fn map_file(mapping: &Mapping) -> String {
     format!("map_files/{:x}-{:x}", mapping.start, mapping.end)
+}
+
+/// Why a mapping would not be as it was, if so.
+pub fn refused(mapping: &Mapping) -> Option<&'static str> {
+    REFUSED.iter().find(|(flag, _)| mapping.flags.contains(*flag)).map(|(_, why)| *why)
 }
 
 /// Classifies the mappings of a process, as [`mappings::read`](crate::proc::mappings::read) gave them.
@@ -193,8 +217,8 @@ pub fn describe(
                 });
             }
         }
-        match REFUSED.iter().find(|(flag, _)| mapping.flags.contains(*flag)) {
-            Some(&(_, why)) if vma.kind() != VmaKind::Plugin => {
+        match refused(&mapping) {
+            Some(why) if vma.kind() != VmaKind::Plugin => {
                 description.refused.push((mapping, Refused::State(why)));
             }
             _ => description.vmas.push(vma),

@@ -100,7 +100,7 @@ pub fn files(plans: &Plans) -> Result<()> {
         }
         for vma in image.memory_maps.get(&task.mm).map_or(&[][..], |map| &map.vmas) {
             let of_file = matches!(vma.kind(), VmaKind::PrivateFile | VmaKind::SharedFile);
-            let mapped = image.mapped_files.get(&vma.file).filter(|_| of_file);
+            let mapped = image.mapped_files.get(&vma.file).filter(|mapped| of_file && mapped.handle == 0);
             let path = mapped.and_then(|mapped| mapped.path.as_ref());
             if let Some(path) = path.filter(|path| seen.insert(*path)) {
                 file(plans, task, &format!("mapping {:#x}", vma.start), path)?;

@@ -12,6 +12,7 @@ use super::{
     world::{Plans, task_name},
 };
 use crate::{
+    action::{Action, ActionScripts},
     front::check_interrupted,
     guardian::{Guardian, GuardianError},
     plugins::{CallContext, HookWatch},
@@ -61,8 +62,10 @@ impl Command<'_> {
         if pids::check(&plans, &self.own)? {
             return Ok(Outcome::Again);
         }
-        let result =
-            self.event(&plans, Event::BeforeRestore, None).and_then(|()| self.restore(&plans, started));
+        let result = self
+            .action(Action::PreRestore, None)
+            .and_then(|()| self.event(&plans, Event::BeforeRestore, None))
+            .and_then(|()| self.restore(&plans, started));
         match result {
             Ok(report) => Ok(Outcome::Restored(report)),
             Err(error) => {
@@ -113,6 +116,7 @@ impl Command<'_> {
         }
         let host_pid = self.front.clone_root(self.clone_request(plans))?;
         self.guardian.adopt(host_pid, None)?;
+        self.action(Action::SetupNamespaces, Some(host_pid))?;
         self.prepare_namespaces(plans, host_pid)?;
         let mut permission =
             File::from(self.permission.try_clone().map_err(RestoreError::system("duplicate a pipe"))?);
@@ -121,7 +125,7 @@ impl Command<'_> {
         let verified = std::thread::scope(|scope| {
             let pages = (!image.shards.is_empty())
                 .then(|| scope.spawn(|| image.verify_pages(self.options.verify_threads())));
-            let arrived = self.wait_for_tasks(plans, started);
+            let arrived = self.wait_for_tasks(plans, host_pid, started);
             let verified = pages.map_or(Ok(Ok(())), |pages| pages.join());
             arrived.and(match verified {
                 Ok(result) => result.map_err(RestoreError::from),
@@ -134,6 +138,8 @@ impl Command<'_> {
         check_interrupted()?;
         let outside = plans.registry.lifecycles().next().map(|_| Outside::new(plans, host_pid));
         self.event(plans, Event::Restored, outside.as_ref())?;
+        self.action(Action::PostRestore, Some(host_pid))?;
+        self.action(Action::NetworkUnlock, Some(host_pid))?;
         let tasks = final_state::tasks(plans, self.shared, self.options.leave_stopped)?;
         self.guardian.finalize(tasks)?;
         if let Some(path) = &self.options.pidfile {
@@ -141,6 +147,7 @@ impl Command<'_> {
             written.map_err(RestoreError::system(format!("write {}", path.display())))?;
         }
         self.give_terminal(host_pid);
+        self.action(Action::PreResume, Some(host_pid))?;
         // Only now, while the root is there to tell where paths lead.
         let links = ghosts::links(image, &PathBuf::from(format!("/proc/{host_pid}/root")));
         let released =
@@ -158,7 +165,11 @@ impl Command<'_> {
                 tracing::warn!("cannot take away the link {}: {errno}", name.display());
             }
         }
-        if let Err(error) = self.event(plans, Event::Resumed, outside.as_ref()) {
+        let resumed = self.event(plans, Event::Resumed, outside.as_ref());
+        // The tasks run: an error is no reason to undo it.
+        for error in
+            [resumed, self.action(Action::PostResume, Some(host_pid))].into_iter().filter_map(Result::err)
+        {
             tracing::warn!("{error}");
         }
         Ok(RestoreReport {
@@ -203,10 +214,11 @@ impl Command<'_> {
     }
 
     /// Until every thread is at its trap. A task that dies before is an error.
-    fn wait_for_tasks(&mut self, plans: &Plans, started: Instant) -> Result<()> {
+    fn wait_for_tasks(&mut self, plans: &Plans, host_pid: i32, started: Instant) -> Result<()> {
         let live = plans.image.tasks.iter().filter(|task| !task.zombie);
         let threads: usize = live.map(|task| task.threads.len()).sum();
-        let mut forked = plans.registry.lifecycles().next().is_none();
+        let scripts = !self.options.action_scripts.is_empty();
+        let mut forked = plans.registry.lifecycles().next().is_none() && !scripts;
         loop {
             let tick = Duration::from_millis(if forked { 50 } else { 2 });
             let done = match self.guardian.wait_arrived(threads, tick) {
@@ -220,6 +232,7 @@ impl Command<'_> {
             self.check_deaths(plans)?;
             if !forked && self.shared.stage() > 0 {
                 forked = true;
+                self.action(Action::PostSetupNamespaces, Some(host_pid))?;
                 self.event(plans, Event::Forked, None)?;
             }
             if done {
@@ -245,6 +258,12 @@ impl Command<'_> {
             }
         }
         Ok(())
+    }
+
+    fn action(&self, action: Action, init: Option<i32>) -> Result<()> {
+        let options = self.options;
+        let scripts = ActionScripts { scripts: &options.action_scripts, images_dir: &options.images_dir };
+        Ok(scripts.run(action, init)?)
     }
 
     fn event(&self, plans: &Plans, event: Event, outside: Option<&Outside>) -> Result<()> {

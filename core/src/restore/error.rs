@@ -33,6 +33,9 @@ pub enum RestoreError {
     /// The plugins cannot be used.
     #[error(transparent)]
     Plugins(#[from] PluginsError),
+    /// A script of the user.
+    #[error(transparent)]
+    Action(#[from] crate::action::ActionError),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] PluginError),

@@ -62,26 +62,34 @@ fn refused<T>(what: &str) -> AbiResult<T> {
     RErr(HookError::invalid(format!("{what} is for dump only")))
 }
 
+/// A duplicate of handle `id`, or of one of its auxiliary descriptors, in the process of node `node`.
+pub fn duplicate(world: &World, node: usize, id: u32, auxiliary: Option<u32>) -> Result<OwnedFd, HookError> {
+    let failed = |error| HookError::failed(format!("getting handle {id}"), error);
+    let plans = &world.plans;
+    let creator = plans.descriptors.creator.get(&id).copied();
+    let creator = creator.ok_or_else(|| HookError::invalid(format!("there is no handle {id}")))?;
+    let location = match auxiliary {
+        None => world.locations.get(id),
+        Some(index) => world.locations.auxiliary(id, index),
+    };
+    let number = location.ok_or_else(|| {
+        HookError::invalid(format!(
+            "handle {id} is not created yet (name it in `after` to have it in `create`)"
+        ))
+    })?;
+    if creator == node {
+        return sys::duplicate_above(number, 0).map_err(failed);
+    }
+    let pidfd = sys::pidfd_open(plans.tree.nodes[creator].pid).map_err(failed)?;
+    sys::pidfd_getfd(pidfd.as_fd(), number).map_err(failed)
+}
+
 impl RestoreHost<'_> {
     fn duplicate(&self, id: u32, auxiliary: Option<u32>) -> Result<OwnedFd, HookError> {
-        let failed = |error| HookError::failed(format!("getting handle {id}"), error);
-        let Some(world) = self.world else { return self.duplicate_outside(id) };
-        let creator = self.plans.descriptors.creator.get(&id).copied();
-        let creator = creator.ok_or_else(|| HookError::invalid(format!("there is no handle {id}")))?;
-        let location = match auxiliary {
-            None => world.locations.get(id),
-            Some(index) => world.locations.auxiliary(id, index),
-        };
-        let number = location.ok_or_else(|| {
-            HookError::invalid(format!(
-                "handle {id} is not created yet (name it in `after` to have it in `create`)"
-            ))
-        })?;
-        if creator == self.node {
-            return sys::duplicate_above(number, 0).map_err(failed);
+        match self.world {
+            Some(world) => duplicate(world, self.node, id, auxiliary),
+            None => self.duplicate_outside(id),
         }
-        let pidfd = sys::pidfd_open(self.plans.tree.nodes[creator].pid).map_err(failed)?;
-        sys::pidfd_getfd(pidfd.as_fd(), number).map_err(failed)
     }
 
     /// In the command: from a task that holds it.

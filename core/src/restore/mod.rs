@@ -6,8 +6,8 @@
 //! | 2 image, plugins, plans; whatever can be known to fail | [`command`], [`check`], [`pids`], [`tree_plan`], [`descriptor_plan`] | the command |
 //! | 3 namespaces, files without names | [`root`], [`ghosts`] | the root task |
 //! | 4 process tree, sessions, groups, zombies | [`node`] | every task |
-//! | 5 descriptors: create, pull, link, settle | [`descriptors`], [`host`] | every task |
-//! | 6 memory | [`memory`] | every task |
+//! | 5 descriptors: create, pull, link | [`descriptors`], [`host`] | every task |
+//! | 6 memory; then descriptors: settle | [`memory`], [`descriptors`] | every task |
 //! | 7 the restorer: memory goes home, threads, credentials | [`blob`] | every task |
 //! | 8 all arrived, pages verified, registers, release | [`command`], [`final_state`] | the command, through the guardian |
 
@@ -22,6 +22,7 @@ mod front;
 mod ghosts;
 mod host;
 mod locks;
+mod mapped;
 pub mod memory;
 mod node;
 mod options;

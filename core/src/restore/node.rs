@@ -8,6 +8,7 @@ use super::{
     ghosts::Ghosts,
     host::RestoreHost,
     locks,
+    mapped::TaskFiles,
     memory::TaskMemory,
     root, sys,
     tree_plan::{NodeKind, Step},
@@ -25,7 +26,13 @@ use nix::{
     unistd::{Pid, getpgid, getpid, getppid, getsid},
 };
 use stasis_plugin_api::{TaskInfo, VmaInfo};
-use std::{convert::Infallible, io, ops::Range, os::fd::AsRawFd, sync::atomic::Ordering};
+use std::{
+    convert::Infallible,
+    io,
+    ops::Range,
+    os::fd::{AsRawFd, IntoRawFd, OwnedFd},
+    sync::atomic::Ordering,
+};
 
 /// A process of the plan.
 pub struct Life<'a> {
@@ -46,13 +53,19 @@ impl<'a> Life<'a> {
         let mut descriptors = TaskDescriptors::new(world, self.node);
         memory = self.grow_tree(memory, &mut descriptors)?;
         self.form_groups()?;
-        self.descriptors(&mut descriptors)?;
-        let Some(task) = world.plans.task(self.node) else { leave(0) };
-        memory.fill(&world.pages, &mut world.paths())?;
-        self.plugin_mappings(&memory)?;
+        self.create_descriptors(&mut descriptors)?;
+        let task = world.plans.task(self.node);
+        let mut exe = -1;
+        if let Some(task) = task {
+            memory.fill(&world.pages, &mut TaskFiles { world, node: self.node })?;
+            self.plugin_mappings(&memory)?;
+            exe = self.executable(task)?;
+        }
+        self.settle_descriptors(&mut descriptors)?;
+        let Some(task) = task else { leave(0) };
         self.task_hooks(task)?;
         self.proc_settings(task)?;
-        let exe = self.paths(task)?;
+        self.directories(task)?;
         self.locks(task, &descriptors)?;
         self.check_place(task)?;
         self.enter_restorer(task, memory, exe)
@@ -196,8 +209,8 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// Step 4.
-    fn descriptors(&self, descriptors: &mut TaskDescriptors<'a>) -> Result<()> {
+    /// Step 4: everything exists and is connected.
+    fn create_descriptors(&self, descriptors: &mut TaskDescriptors<'a>) -> Result<()> {
         let plans = &self.world.plans;
         let count = plans.tree.settlers();
         for level in 0..plans.descriptors.levels {
@@ -208,6 +221,16 @@ impl<'a> Life<'a> {
         if !plans.image.objects.is_empty() {
             self.barrier(count)?;
             descriptors.link()?;
+        }
+        Ok(())
+    }
+
+    /// What comes when all files that any task opens are open, mapped ones included: watches notice no more of restore, and
+    /// a sealed file has its writable mappings.
+    fn settle_descriptors(&self, descriptors: &mut TaskDescriptors<'a>) -> Result<()> {
+        let plans = &self.world.plans;
+        let count = plans.tree.settlers();
+        if !plans.image.objects.is_empty() {
             self.barrier(count)?;
             descriptors.settle()?;
             self.barrier(count)?;
@@ -313,32 +336,36 @@ impl<'a> Life<'a> {
         Ok(())
     }
 
-    /// Executable, root and working directory; gives the executable's descriptor.
-    fn paths(&self, task: &Task) -> Result<i32> {
-        let failed = |what: &str, path: &[u8], error: io::Error| RestoreError::Task {
-            pid: task.pid,
-            name: task_name(task),
-            operation: format!("{what} {}", String::from_utf8_lossy(path)),
-            source: error,
-        };
-        let open = |path: &PathRef, flags: i32, what: &str| {
-            let opened = self.world.paths().open(path, flags);
-            let moved = opened.and_then(|fd| {
-                sys::duplicate_above(fd.as_raw_fd(), self.world.plans.descriptors.service.first)
-            });
-            moved.map_err(|error| failed(what, &path.path, error))
-        };
-        let exe = open(&task.exe.clone().unwrap_or_default(), libc::O_RDONLY, "open its executable")?;
+    fn open_own(&self, task: &Task, path: &PathRef, flags: i32, what: &str) -> Result<OwnedFd> {
+        let opened = self.world.paths().open(path, flags);
+        let moved = opened
+            .and_then(|fd| sys::duplicate_above(fd.as_raw_fd(), self.world.plans.descriptors.service.first));
+        moved.map_err(|error| self.path_failed(task, what, &path.path, error))
+    }
+
+    fn path_failed(&self, task: &Task, what: &str, path: &[u8], source: io::Error) -> RestoreError {
+        let operation = format!("{what} {}", String::from_utf8_lossy(path));
+        RestoreError::Task { pid: task.pid, name: task_name(task), operation, source }
+    }
+
+    /// Opens the executable.
+    fn executable(&self, task: &Task) -> Result<i32> {
+        let exe = task.exe.clone().unwrap_or_default();
+        self.open_own(task, &exe, libc::O_RDONLY, "open its executable").map(IntoRawFd::into_raw_fd)
+    }
+
+    /// Root and working directory.
+    fn directories(&self, task: &Task) -> Result<()> {
         let cwd = task.cwd.clone().unwrap_or_default();
         let directory = libc::O_PATH | libc::O_DIRECTORY;
-        let cwd_fd = open(&cwd, directory, "open its working directory")?;
+        let cwd_fd = self.open_own(task, &cwd, directory, "open its working directory")?;
         if let Some(root) = task.root.as_ref().filter(|root| root.path != b"/" && !root.path.is_empty()) {
-            let fd = open(root, directory, "open its root directory")?;
+            let fd = self.open_own(task, root, directory, "open its root directory")?;
             let change = nix::unistd::fchdir(&fd).and_then(|()| nix::unistd::chroot("."));
-            change.map_err(|errno| failed("chroot to", &root.path, errno.into()))?;
+            change.map_err(|errno| self.path_failed(task, "chroot to", &root.path, errno.into()))?;
         }
-        nix::unistd::fchdir(&cwd_fd).map_err(|errno| failed("change to", &cwd.path, errno.into()))?;
-        Ok(std::os::fd::IntoRawFd::into_raw_fd(exe))
+        nix::unistd::fchdir(&cwd_fd)
+            .map_err(|errno| self.path_failed(task, "change to", &cwd.path, errno.into()))
     }
 
     /// POSIX locks and leases, when no task opens or closes a file any more.

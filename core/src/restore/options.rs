@@ -21,6 +21,8 @@ pub struct RestoreOptions {
     pub shell_job: bool,
     /// `--external`: resources that are outside, by keys of the plugins.
     pub external: Vec<String>,
+    /// `--action-script`: commands for sh(1) that run at fixed points.
+    pub action_scripts: Vec<String>,
     /// `--inherit-fd`: descriptors of the caller for external resources.
     pub inherit_fds: Vec<InheritFd>,
     /// `--pidfile`: gets the root's pid before it runs.

@@ -1,11 +1,10 @@
 //! A plugin that misbehaves on request: `STASIS_FAULT=HOOK:ACTION` in the environment of the command, with the hooks'
 //! names below (lifecycle events by their names in the API) and the actions of [`misbehave`].
 //!
-//! It claims inotify instances without watches, so that a tree that holds one needs it.
+//! It claims mount contexts (fsopen(2)) without settings, so that a tree that holds one needs it.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::sys::inotify::{InitFlags, Inotify};
 use stasis_plugin_api::{
     Described, Descriptor, Dumped, Event, HandleInfo, HookError, Host, Lifecycle, ObjectInfo, Result,
     Selector, export_plugin, register,
@@ -45,14 +44,14 @@ impl Descriptor for Watched {
     const KIND: &'static str = "fault";
 
     fn selectors(&self) -> Vec<Selector> {
-        vec![Selector::AnonInode("inotify".into())]
+        vec![Selector::AnonInode("[fscontext]".into())]
     }
 
     fn describe(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
         misbehave("describe")?;
         Ok(Described {
             identity: handle.id.to_string().into(),
-            description: "inotify".into(),
+            description: "fscontext".into(),
             ..Described::default()
         })
     }
@@ -68,9 +67,13 @@ impl Descriptor for Watched {
 
     fn create(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<Vec<OwnedFd>> {
         misbehave("create")?;
-        let instance =
-            Inotify::init(InitFlags::empty()).map_err(|errno| HookError::failed("inotify_init1", errno))?;
-        Ok(vec![instance.into()])
+        // SAFETY: a name that ends with NUL.
+        let fd = unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), 0) };
+        if fd < 0 {
+            return Err(HookError::failed("fsopen", std::io::Error::last_os_error()));
+        }
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(vec![unsafe { OwnedFd::from_raw_fd(fd as i32) }])
     }
 
     fn link(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<()> {

@@ -127,6 +127,14 @@ workloads! {
     epoll_dup: "epoll entries whose number was closed or taken again";
     timerfd: "timerfds of all clocks: armed, expired, interval, unarmed";
     signalfd: "signalfds with pending signals";
+    inotify: "watches on directories, files, links and renamed files, with their numbers; no event of restore's own";
+    inotify_events: "events in the queue: all of them, or one that says that some were lost";
+    inotify_many: "10,000 watches", heavy;
+    fanotify: "marks on a file, a directory with its children, and a file system", host;
+    mqueue: "message queues with a name, by several descriptions, with messages", host;
+    memfd: "memory files: holes, positions, several descriptions, seals, modes";
+    memfd_mapped: "memory files that several tasks map, open or not; private mappings; sealed ones";
+    pidfd: "descriptors of tasks that run, have ended, and are gone";
     devices: "memory devices";
     unix_pair: "connected unix sockets, credentials and a pipe's end in flight";
     tcp_listen: "TCP sockets that are not connected: listening, in groups, bound, unbound, ended";
@@ -153,6 +161,7 @@ workloads! {
     ns_mounts: "proc, tmpfs with content and bind mounts";
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
     mixture: "many behaviours in one tree";
+    refused: "descriptors that nobody can keep", apart;
     unclaimed: "descriptors that only the tests' plugin claims", apart;
 }
 

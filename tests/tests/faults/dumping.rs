@@ -31,6 +31,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("dump::read_only_directory", read_only_directory),
         Test::new("dump::disk_full", disk_full),
         Test::new("dump::unclaimed_descriptors", unclaimed),
+        Test::new("dump::what_nobody_can_keep", what_nobody_can_keep),
         Test::new("dump::vfork_that_ends", |test| vfork(test, Duration::from_millis(300))),
         Test::new("dump::vfork_that_does_not", |test| vfork(test, Duration::from_secs(60))),
     ];
@@ -185,7 +186,20 @@ fn disk_full(test: &str) -> Result<(), Failure> {
 fn unclaimed(test: &str) -> Result<(), Failure> {
     let case = Case::start(test, "unclaimed")?;
     let done = case.dump("img", &[])?;
-    refused(&done, &["77", "78", "inotify", &case.stage.root.to_string()])?;
+    refused(&done, &["77", "78", "fscontext", &case.stage.root.to_string()])?;
+    case.unharmed()?;
+    case.finish()
+}
+
+fn what_nobody_can_keep(test: &str) -> Result<(), Failure> {
+    let case = Case::start(test, "refused")?;
+    let names = fs::read_to_string(case.stage.dir.join("work/names")).doing("reading the names")?;
+    let names: Vec<String> = names.lines().map(str::to_lowercase).collect();
+    if names.is_empty() {
+        return Err(Failure::Skipped("the machine lets nobody make any of these".into()));
+    }
+    let words: Vec<&str> = names.iter().map(String::as_str).collect();
+    refused(&case.dump("img", &[])?, &words)?;
     case.unharmed()?;
     case.finish()
 }

@@ -1,5 +1,6 @@
 //! Bad input and faults: each gets one clear error, leaves the tree as it was (dump) or nothing behind (restore).
 
+mod actions;
 mod common;
 mod dumping;
 mod files;
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
         dumping::vfork_workload(dir, millis.parse().unwrap_or(0));
     }
     let mut tests = Vec::new();
+    tests.extend(actions::tests());
     tests.extend(dumping::tests());
     tests.extend(files::tests());
     tests.extend(images::tests());

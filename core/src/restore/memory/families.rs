@@ -46,11 +46,15 @@ pub struct Component {
 }
 
 /// Joins the regions of all memory maps to components; the second result has the component of each region of each map.
-pub fn components(maps: &BTreeMap<u32, Vec<Region>>) -> (Vec<Component>, BTreeMap<u32, Vec<Option<usize>>>) {
+/// `shareable` tells which private backings an ancestor can map at all.
+pub fn components(
+    maps: &BTreeMap<u32, Vec<Region>>,
+    shareable: impl Fn(Backing) -> bool,
+) -> (Vec<Component>, BTreeMap<u32, Vec<Option<usize>>>) {
     let mut order: Vec<(&Region, u32, usize)> = maps
         .iter()
         .flat_map(|(&map, regions)| regions.iter().enumerate().map(move |(at, region)| (region, map, at)))
-        .filter(|(region, ..)| region.contents && region.backing.is_private())
+        .filter(|(region, ..)| region.contents && region.backing.is_private() && shareable(region.backing))
         .collect();
     order.sort_by_key(|(region, map, _)| (region.backing, region.home.start, *map));
     let mut of: BTreeMap<u32, Vec<Option<usize>>> =

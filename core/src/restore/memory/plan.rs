@@ -143,7 +143,7 @@ impl MemoryPlan {
             return Err(MemoryError::Missing { what: "shared segment", id, map: 0 });
         }
         let blob = arenas.reserve(BLOB_ROOM).ok_or(MemoryError::NoRoom { home: 0, size: BLOB_ROOM })?;
-        let (components, tasks) = tasks(records.tree, &maps, &shares)?;
+        let (components, tasks) = tasks(records.tree, &maps, &shares, &files)?;
         Ok(Self { maps, tasks, components, segments, files, arenas, blob })
     }
 
@@ -304,10 +304,16 @@ fn tasks(
     tree: &[Parent],
     maps: &BTreeMap<u32, MapPlan>,
     shares: &BTreeMap<u32, Vec<bool>>,
+    files: &BTreeMap<u32, MappedFile>,
 ) -> Result<(Vec<Component>, Tasks), MemoryError> {
     let tree = Tree::new(tree)?;
     let regions = maps.iter().map(|(&id, map)| (id, map.regions.clone())).collect();
-    let (components, component_of) = components(&regions);
+    // What plugins make does not exist yet when tasks are forked.
+    let early = |backing| match backing {
+        Backing::PrivateFile { file, .. } => files.get(&file).is_some_and(|file| file.handle == 0),
+        _ => true,
+    };
+    let (components, component_of) = components(&regions, early);
     let wanted = families(&tree, maps, shares, &component_of);
 
     let mut plans = Tasks::new();
