@@ -6,6 +6,7 @@
 pub mod action;
 pub mod arch;
 pub mod cli;
+mod clocks;
 pub mod dump;
 pub mod files;
 pub mod front;

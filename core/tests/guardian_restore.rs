@@ -110,10 +110,12 @@ fn task(pid: i32, stack: u64, fd: i32, code: u64) -> FinalTask {
         xstate: xstate(),
         signal_mask: 0,
         restart: None,
+        late: Vec::new(),
     };
     FinalTask {
         pid,
         unmap: vec![(BLOB, 8192)],
+        arm: None,
         scratch: BLOB + 4096,
         group_stop: None,
         threads: vec![thread],

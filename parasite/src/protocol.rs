@@ -93,6 +93,8 @@ pub struct ProcessQuery {
     pub mdwe: i64,
     /// PR_GET_MEMORY_MERGE.
     pub memory_merge: i64,
+    /// MEMBARRIER_CMD_GET_REGISTRATIONS.
+    pub membarrier: i64,
 }
 
 /// What only a thread itself can be asked. Every `prctl` value is the answer or a negative errno.

@@ -31,6 +31,9 @@ pub fn process(query: &mut ProcessQuery) -> i64 {
     query.thp_disable = prctl(42, 0);
     query.mdwe = prctl(66, 0);
     query.memory_merge = prctl(68, 0);
+    const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
+    // SAFETY: takes numbers only.
+    query.membarrier = unsafe { syscall(sys::MEMBARRIER, [MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, 0, 0, 0]) };
     0
 }
 

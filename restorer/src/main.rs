@@ -10,10 +10,12 @@
 mod credentials;
 mod mem;
 mod memory;
+mod own;
 mod process;
 mod proto;
 mod sys;
 mod thread;
+mod timers;
 
 use core::sync::atomic::Ordering;
 use proto::{Arguments, Status, Step};
@@ -27,7 +29,8 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Entry: `rdi` = &Arguments, `rsp` = top of a stack in the blob's region.
+/// Entry: `rdi` = &Arguments, `rsi` = 0, or 1 to arm the timers when all threads have arrived; `rsp` = top of a stack in the blob's
+/// region.
 #[unsafe(naked)]
 #[unsafe(no_mangle)]
 unsafe extern "C" fn _start() -> ! {
@@ -35,10 +38,19 @@ unsafe extern "C" fn _start() -> ! {
 }
 
 /// All that the leader does.
-extern "C" fn leader(arguments: &'static Arguments) -> ! {
-    let outcome = memory::restore(arguments).and_then(|()| process::restore(arguments));
+extern "C" fn leader(arguments: &'static Arguments, arm: u64) -> ! {
+    let outcome = match arm {
+        0 => memory::restore(arguments).and_then(|()| process::restore(arguments)),
+        _ => timers::arm(arguments),
+    };
     let tid = arguments.threads.entries().first().map_or(0, |thread| thread.tid);
     match outcome {
+        // The status of a thread that called exit(2): the code, shifted.
+        // SAFETY: exit(2) ends this thread and touches no memory.
+        Ok(()) if arm == 0 && arguments.leader_exits != 0 => unsafe {
+            call(nr::EXIT, [u64::from(arguments.leader_status >> 8)]);
+            loop {}
+        },
         Ok(()) => arrive(),
         Err(failure) => fail(arguments, tid, &failure),
     }

@@ -2,11 +2,13 @@
 
 use crate::proto::{Arguments, Filter, Limit, Step, Table};
 use crate::sys::{Outcome, call, nr, step};
-use crate::thread;
+use crate::{thread, timers};
 use core::sync::atomic::Ordering;
 
 const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_SET_THP_DISABLE: u64 = 41;
+const PR_SET_MDWE: u64 = 65;
+const PR_SET_MEMORY_MERGE: u64 = 67;
 const PR_GET_DUMPABLE: u64 = 3;
 const PR_SET_DUMPABLE: u64 = 4;
 const SECCOMP_SET_MODE_FILTER: u64 = 1;
@@ -36,7 +38,11 @@ pub fn restore(arguments: &'static Arguments) -> Outcome {
         // SAFETY: the kernel reads one siginfo_t.
         unsafe { step(Step::Pending, index, nr::RT_SIGQUEUEINFO, place)? };
     }
-    thread::attributes(arguments, leader)?;
+    timers::create(arguments)?;
+    // One that exits now leaves nothing of its own.
+    if arguments.leader_exits == 0 {
+        thread::attributes(arguments, leader)?;
+    }
     for (index, number) in arguments.close.entries().iter().enumerate() {
         // SAFETY: closes a descriptor that is none of the task's.
         unsafe { step(Step::Close, index, nr::CLOSE, [*number as u64])? };
@@ -57,16 +63,7 @@ pub fn restore(arguments: &'static Arguments) -> Outcome {
         // SAFETY: as above.
         unsafe { step(Step::Dumpable, 0, nr::PRCTL, [PR_SET_DUMPABLE, arguments.dumpable.into(), 0, 0, 0])? };
     }
-    limits(arguments)?;
-    for (which, timer) in arguments.timers.iter().enumerate() {
-        if timer.value_sec != 0 || timer.value_usec != 0 {
-            // SAFETY: the kernel reads one struct itimerval.
-            unsafe {
-                step(Step::Timer, which, nr::SETITIMER, [which as u64, &raw const *timer as u64, 0])?;
-            }
-        }
-    }
-    Ok(())
+    limits(arguments)
 }
 
 fn attributes(arguments: &Arguments) -> Outcome {
@@ -76,7 +73,19 @@ fn attributes(arguments: &Arguments) -> Outcome {
         if call(nr::PERSONALITY, [0xffff_ffff]) != i64::from(arguments.personality) {
             step(Step::Personality, 0, nr::PERSONALITY, [arguments.personality.into()])?;
         }
-        step(Step::ThpDisable, 0, nr::PRCTL, [PR_SET_THP_DISABLE, arguments.thp_disable.into(), 0, 0, 0])?;
+        // PR_GET_THP_DISABLE gives the flags of the setting beside its first bit.
+        let (disable, flags) = (arguments.thp_disable & 1, arguments.thp_disable & !1);
+        step(Step::ThpDisable, 0, nr::PRCTL, [PR_SET_THP_DISABLE, disable.into(), flags.into(), 0, 0])?;
+        if arguments.memory_merge != 0 {
+            step(Step::MemoryMerge, 0, nr::PRCTL, [PR_SET_MEMORY_MERGE, 1, 0, 0, 0])?;
+        }
+        for bit in (0..32).filter(|bit| arguments.membarrier >> bit & 1 == 1) {
+            // Registrations are reported as the commands that make them.
+            step(Step::Membarrier, bit, nr::MEMBARRIER, [1 << bit, 0, 0])?;
+        }
+        if arguments.mdwe != 0 {
+            step(Step::Mdwe, 0, nr::PRCTL, [PR_SET_MDWE, arguments.mdwe.into(), 0, 0, 0])?;
+        }
         step(
             Step::Subreaper,
             0,

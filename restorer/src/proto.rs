@@ -236,6 +236,60 @@ pub struct Thread {
     pub filters: Table<Filter>,
     /// Credentials.
     pub credentials: Credentials,
+    /// `SCHED_FLAG_*` besides the reset on fork.
+    pub sched_flags: u64,
+    /// SCHED_DEADLINE: runtime, deadline, period.
+    pub deadline: [u64; 3],
+    /// Utilization clamps.
+    pub utilization: [u32; 2],
+    /// PR_SET_TSC; 0: not known.
+    pub tsc: u32,
+    /// ARCH_SET_CPUID; 2: not known.
+    pub cpuid: u32,
+    /// PR_MCE_KILL_*.
+    pub machine_check: u32,
+    /// PR_SET_IO_FLUSHER.
+    pub io_flusher: u32,
+    /// PR_SET_SPECULATION_CTRL of store bypass, indirect branch, L1D flush.
+    pub speculation: [u32; 3],
+    /// set_mempolicy(2): mode with flags.
+    pub memory_policy: u32,
+    /// Its nodes, 64-bit words.
+    pub memory_nodes: Table<u64>,
+}
+
+/// A POSIX timer (timer_create(2)).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PosixTimer {
+    /// timer_t.
+    pub id: i32,
+    /// Clock.
+    pub clock: i32,
+    /// `struct sigevent`: value, signal and notification, thread.
+    pub event: SignalEvent,
+    /// Interval: seconds, nanoseconds.
+    pub interval: [i64; 2],
+    /// Until it fires: seconds, nanoseconds; 0: unarmed.
+    pub value: [i64; 2],
+    /// Not 0: its signal is pending, and is to be sent by the timer itself when it is armed.
+    pub fire: u64,
+}
+
+/// `struct sigevent` (sigevent(3type)), 64 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SignalEvent {
+    /// sigev_value.
+    pub value: u64,
+    /// sigev_signo.
+    pub signal: i32,
+    /// sigev_notify.
+    pub notify: i32,
+    /// sigev_notify_thread_id.
+    pub tid: i32,
+    /// Up to its size.
+    pub rest: [i32; 11],
 }
 
 /// All that the restorer is told.
@@ -290,6 +344,20 @@ pub struct Arguments {
     pub thp_disable: u32,
     /// PR_SET_CHILD_SUBREAPER.
     pub child_subreaper: u32,
+    /// PR_SET_MDWE.
+    pub mdwe: u32,
+    /// PR_SET_MEMORY_MERGE.
+    pub memory_merge: u32,
+    /// MEMBARRIER_CMD_GET_REGISTRATIONS.
+    pub membarrier: u32,
+    /// Not 0: the leader exits when it has made the others, with this status.
+    pub leader_exits: u32,
+    /// Its status, as in wait(2).
+    pub leader_status: u32,
+    /// POSIX timers, in the order in which they are to be made.
+    pub posix_timers: Table<PosixTimer>,
+    /// Those to arm, as indexes of that table, in this order.
+    pub arm: Table<u64>,
     /// Threads, the leader first.
     pub threads: Table<Thread>,
     /// Stacks of the other threads.
@@ -373,4 +441,15 @@ steps! {
     Timer = 36, "arming an interval timer";
     Close = 37, "closing a service descriptor";
     Panic = 38, "an internal check of the restorer";
+    CreateTimer = 39, "making a POSIX timer";
+    ArmTimer = 40, "arming a POSIX timer";
+    Mdwe = 41, "setting memory-deny-write-execute";
+    MemoryMerge = 42, "setting whether memory is merged";
+    Membarrier = 43, "registering for membarrier";
+    TimeStamps = 44, "setting whether time stamps may be read (PR_SET_TSC)";
+    CpuId = 45, "setting whether CPUID faults";
+    MachineCheck = 46, "setting the machine check policy";
+    IoFlusher = 47, "setting the I/O flusher attribute";
+    Speculation = 48, "setting speculation control";
+    MemoryPolicy = 49, "setting the NUMA memory policy";
 }

@@ -2,7 +2,7 @@
 
 use crate::proto::{Arguments, Step, Thread};
 use crate::sys::{Failure, Outcome, call, nr, step};
-use crate::{arrive, credentials as ids, fail, process};
+use crate::{arrive, credentials as ids, fail, own, process};
 use core::arch::naked_asm;
 use core::sync::atomic::Ordering;
 
@@ -17,13 +17,10 @@ const FLAGS: u64 = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THR
 const PR_SET_PDEATHSIG: u64 = 1;
 const PR_SET_NAME: u64 = 15;
 const PR_SET_SECCOMP: u64 = 22;
-const PR_SET_TIMERSLACK: u64 = 29;
-const IOPRIO_WHO_PROCESS: u64 = 1;
+const PR_SET_TSC: u64 = 26;
 const SS_ONSTACK: u64 = 1;
 const SECCOMP_MODE_STRICT: u32 = 1;
 const FUTEX_WAKE: u64 = 1;
-/// Real-time and deadline policies have no timer slack, those below have no priority.
-const SCHED_RESET_ON_FORK: u32 = 0x4000_0000;
 
 /// `struct clone_args` up to `cgroup`.
 #[repr(C)]
@@ -131,50 +128,13 @@ pub fn attributes(arguments: &Arguments, thread: &Thread) -> Outcome {
         let stack = [thread.altstack_base, thread.altstack_flags & !SS_ONSTACK, thread.altstack_size];
         step(Step::AltStack, 0, nr::SIGALTSTACK, [stack.as_ptr() as u64, 0])?;
     }
-    scheduling(thread)?;
+    own::set(thread)?;
     for (index, info) in thread.pending.entries().iter().enumerate() {
         let place = [arguments.pid as u64, thread.tid as u64, info[0] & 0x7f, &raw const *info as u64];
         // SAFETY: the kernel reads one siginfo_t.
         unsafe { step(Step::Pending, index, nr::RT_TGSIGQUEUEINFO, place)? };
     }
     process::filters(thread.filters)
-}
-
-/// Only what differs is set: most need a privilege that leaving them as they are does not.
-fn scheduling(thread: &Thread) -> Outcome {
-    // SAFETY: calls on this thread (0), which read the priority or the mask.
-    unsafe {
-        let policy = call(nr::SCHED_GETSCHEDULER, [0]);
-        if policy != i64::from(thread.policy) || thread.priority != 0 {
-            let priority = &raw const thread.priority as u64;
-            step(Step::Scheduling, 0, nr::SCHED_SETSCHEDULER, [0, thread.policy.into(), priority])?;
-        }
-        // The system call gives 20 - nice.
-        if call(nr::GETPRIORITY, [0, 0]) != i64::from(20 - thread.nice) {
-            step(Step::Nice, 0, nr::SETPRIORITY, [0, 0, thread.nice as u64])?;
-        }
-        let mask = thread.affinity.entries();
-        let mut now = [0_u8; 1024];
-        let got = call(nr::SCHED_GETAFFINITY, [0, now.len() as u64, now.as_mut_ptr() as u64]);
-        let same = usize::try_from(got).ok().and_then(|len| now.get(..len)).is_some_and(|now| {
-            let common = now.len().min(mask.len());
-            now[..common] == mask[..common]
-                && now[common..].iter().chain(&mask[common..]).all(|&byte| byte == 0)
-        });
-        if !mask.is_empty() && !same {
-            let place = [0, mask.len() as u64, mask.as_ptr() as u64];
-            step(Step::Affinity, 0, nr::SCHED_SETAFFINITY, place)?;
-        }
-        if thread.io_priority != 0 {
-            let place = [IOPRIO_WHO_PROCESS, 0, thread.io_priority.into()];
-            step(Step::IoPriority, 0, nr::IOPRIO_SET, place)?;
-        }
-        let real_time = matches!(thread.policy & !SCHED_RESET_ON_FORK, 1 | 2 | 6);
-        if thread.timer_slack != 0 && !real_time {
-            step(Step::TimerSlack, 0, nr::PRCTL, [PR_SET_TIMERSLACK, thread.timer_slack])?;
-        }
-    }
-    Ok(())
 }
 
 /// Credentials, and what a change of them resets.
@@ -184,6 +144,10 @@ pub fn credentials(thread: &Thread) -> Outcome {
     unsafe {
         // commit_creds clears it (kernel/cred.c).
         step(Step::ParentDeath, 0, nr::PRCTL, [PR_SET_PDEATHSIG, thread.parent_death_signal.into()])?;
+        // Last of what runs here: no code of the restorer reads the time stamp counter.
+        if thread.tsc != 0 {
+            step(Step::TimeStamps, 0, nr::PRCTL, [PR_SET_TSC, thread.tsc.into()])?;
+        }
         if thread.credentials.seccomp_mode == SECCOMP_MODE_STRICT {
             step(Step::Seccomp, 0, nr::PRCTL, [PR_SET_SECCOMP, SECCOMP_MODE_STRICT.into()])?;
         }

@@ -16,7 +16,6 @@ const PLAN: [(Flavour, &[Variant]); 3] = [
 
 /// What cannot hold yet, or cannot hold by its nature: (workload, flavour, variant, why).
 const SKIPPED: &[(&str, Option<Flavour>, Option<Variant>, &str)] = &[
-    ("threads_dead_leader", None, None, "refused by name until issue 3"),
     ("ns_tree", Some(Flavour::Host), None, "namespaces inside the tree are refused by name until issue 6"),
     ("sleep_absolute", None, Some(Variant::Running), "points in time pass while the original runs on"),
     ("sleep_absolute", None, Some(Variant::NoCow), "points in time pass while the original runs on"),

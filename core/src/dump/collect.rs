@@ -88,7 +88,7 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
             let (place, remedy) = (what.to_owned(), refusal.remedy());
             missing.push(unclaimed(&tree, process.host_pid, place, text, remedy));
         })?);
-        tables.insert(process.host_pid, handles.add_table(process.host_pid, descriptors)?);
+        tables.insert(process.host_pid, handles.add_table(process.host_pid, process.worker(), descriptors)?);
     }
     let numbers = living.iter().zip(1..).map(|(process, number)| (process.host_pid, number)).collect();
     drop(living);

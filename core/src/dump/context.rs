@@ -4,7 +4,7 @@ use super::DumpError;
 use crate::{
     guardian::{
         Guardian,
-        protocol::{CollectedTask, ProcessState, ThreadDetails, ThreadState},
+        protocol::{Bytes, CollectedTask, ProcessState, ThreadDetails, ThreadState},
     },
     image::records::{IntervalTimer, Restart, SeccompFilter, SignalAction},
     task::{ProcessContext, ThreadContext},
@@ -43,27 +43,31 @@ fn process(task: CollectedTask, state: ProcessState) -> ProcessContext {
         interval_us: timer.interval_us.max(0) as u64,
         value_us: timer.value_us.max(0) as u64,
     });
-    let leader = state.threads.iter().find(|thread| thread.tid == task.pid).or(state.threads.first());
-    let filters = task.threads.first().map(|thread| thread.seccomp_filters.clone()).unwrap_or_default();
+    let bytes = |signals: Vec<Bytes>| signals.into_iter().map(|info| info.0).collect::<Vec<_>>();
+    let (shared, mut pending) = match state.pending {
+        Some(found) => (found.shared, found.threads.into_iter().collect()),
+        None => (task.shared_pending, HashMap::new()),
+    };
     ProcessContext {
         actions: actions.collect(),
         itimers: itimers.collect(),
+        posix_timers: state.posix_timers,
         brk: state.brk,
         dumpable: answer(state.dumpable),
         thp_disable: answer(state.thp_disable),
-        securebits: leader.map_or(0, |thread| answer(thread.securebits)),
-        keep_caps: leader.is_some_and(|thread| thread.keep_capabilities == 1),
+        mdwe: answer(state.mdwe),
+        memory_merge: state.memory_merge == 1,
+        membarrier: answer(state.membarrier),
         child_subreaper: state.child_subreaper == 1,
-        pending: task.shared_pending.into_iter().map(|info| info.0).collect(),
-        seccomp_filters: filters
-            .into_iter()
-            .map(|filter| SeccompFilter { program: filter.instructions, flags: filter.flags as u32 })
-            .collect(),
+        pending: bytes(shared),
         threads: task
             .threads
             .into_iter()
-            .map(|thread| {
+            .map(|mut thread| {
                 let details = state.threads.iter().find(|details| details.tid == thread.tid);
+                if let Some(found) = pending.remove(&thread.tid) {
+                    thread.pending = found;
+                }
                 self::thread(thread, details)
             })
             .collect(),
@@ -71,24 +75,23 @@ fn process(task: CollectedTask, state: ProcessState) -> ProcessContext {
 }
 
 fn thread(thread: ThreadState, details: Option<&ThreadDetails>) -> ThreadContext {
+    let filters = thread.seccomp_filters.into_iter();
     ThreadContext {
         tid: thread.tid,
         registers: thread.registers.to_bytes(),
         xstate: thread.xstate.0,
         signal_mask: thread.signal_mask,
-        altstack: details.map_or((0, libc::SS_DISABLE as u32, 0), |details| {
-            (details.stack_pointer, answer(details.stack_flags), details.stack_size)
-        }),
-        clear_child_tid: details.map_or(0, |details| details.clear_child_tid),
-        robust_list: thread.robust_list,
         rseq: thread.rseq.map(|rseq| (rseq.address, rseq.size, rseq.signature)),
+        robust_list: thread.robust_list,
         pending: thread.pending.into_iter().map(|info| info.0).collect(),
-        parent_death_signal: details.map_or(0, |details| answer(details.parent_death_signal)),
-        timer_slack_ns: details.map_or(0, |details| details.timer_slack_ns.max(0) as u64),
         restart: thread.restart.map(|restart| Restart {
             syscall: restart.syscall,
             clock: restart.clock,
             remaining_ns: restart.remaining_ns.unwrap_or(-1),
         }),
+        seccomp_filters: filters
+            .map(|filter| SeccompFilter { program: filter.instructions, flags: filter.flags as u32 })
+            .collect(),
+        details: details.cloned(),
     }
 }

@@ -123,10 +123,7 @@ impl DumpError {
             Self::Unclaimed(_) | Self::ForeignOwner { .. } => ExitStatus::Unsupported,
             Self::Task(TaskError::Unsupported { .. }) => ExitStatus::Unsupported,
             Self::Tree(
-                TreeError::Shared { .. }
-                | TreeError::Unshared { .. }
-                | TreeError::DeadLeader { .. }
-                | TreeError::LeaderOutside { .. },
+                TreeError::Shared { .. } | TreeError::Unshared { .. } | TreeError::LeaderOutside { .. },
             ) => ExitStatus::Unsupported,
             Self::Plugin(error) if error.source.kind == ErrorKind::Unsupported => ExitStatus::Unsupported,
             Self::Plugins(_) | Self::Plugin(_) | Self::NoSuchKind { .. } => ExitStatus::Plugin,

@@ -163,14 +163,17 @@ pub struct PidFds {
 }
 
 impl PidFds {
-    /// A duplicate of descriptor `number` of process `pid` (as stasis sees it).
-    pub fn get(&self, pid: i32, number: i32) -> Result<OwnedFd, Errno> {
+    /// A duplicate of descriptor `number` of process `pid` (as stasis sees it), by its thread `worker`: another than the first
+    /// if that has exited, and has no descriptors any more.
+    pub fn get(&self, worker: i32, pid: i32, number: i32) -> Result<OwnedFd, Errno> {
         let mut open = self.open.borrow_mut();
         let pidfd = match open.entry(pid) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
+                // PIDFD_THREAD, since Linux 6.9.
+                let flags = if worker == pid { 0 } else { libc::O_EXCL };
                 // SAFETY: pidfd_open takes no pointers.
-                let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+                let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, worker, flags) })?;
                 // SAFETY: the kernel just made this descriptor for us.
                 entry.insert(unsafe { OwnedFd::from_raw_fd(fd as i32) })
             }

@@ -174,7 +174,8 @@ impl Inventory {
             }
             None => {
                 let (pid, number) = handle.subject();
-                self.pidfds.get(pid, number)
+                let process = self.tree.processes.iter().find(|process| process.host_pid == pid);
+                self.pidfds.get(process.map_or(pid, Process::worker), pid, number)
             }
         }
     }

@@ -74,14 +74,19 @@ pub struct Handles {
 }
 
 impl Handles {
-    /// Enters the table of a process, read before by [`read_table`].
-    pub fn add_table(&mut self, pid: i32, facts: Vec<DescriptorFacts>) -> Result<Vec<Entry>, ProcError> {
+    /// Enters the table of a process, read before by [`read_table`] from its thread `worker`.
+    pub fn add_table(
+        &mut self,
+        pid: i32,
+        worker: i32,
+        facts: Vec<DescriptorFacts>,
+    ) -> Result<Vec<Entry>, ProcError> {
         let mut entries = Vec::with_capacity(facts.len());
         for facts in facts {
             let (number, cloexec) = (facts.number, facts.cloexec);
             // fs/locks.c, show_fd_locks: each process is shown its own.
             let locks = facts.info.contains("lock:\t").then(|| facts.info.clone());
-            let handle = self.find_or_add(pid, facts)?;
+            let handle = self.find_or_add(worker, facts)?;
             self.all[handle].holders.push((pid, number, cloexec));
             self.all[handle].locks.extend(locks.map(|text| (pid, text)));
             entries.push(Entry { number, handle, cloexec });
@@ -194,7 +199,7 @@ mod tests {
         let numbers = [reader.as_raw_fd(), duplicate.as_raw_fd(), writer.as_raw_fd()];
         let numbers = numbers.into_iter().chain(same_file.iter().map(AsRawFd::as_raw_fd));
         let facts = numbers.map(|number| descriptor::facts(&proc, number).unwrap()).collect();
-        let entries = handles.add_table(proc.pid(), facts).unwrap();
+        let entries = handles.add_table(proc.pid(), proc.pid(), facts).unwrap();
         let handle = |fd: i32| entries.iter().find(|entry| entry.number == fd).unwrap().handle;
         assert_eq!(handle(reader.as_raw_fd()), handle(duplicate.as_raw_fd()));
         assert_ne!(handle(reader.as_raw_fd()), handle(writer.as_raw_fd()));

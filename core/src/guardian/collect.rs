@@ -9,15 +9,23 @@ use super::{
 };
 use crate::{
     arch::timeout_of_uninterruptible_wait,
-    inject::run::Saved,
+    inject::run::{Saved, faults_in},
     ptrace::{Rseq, Stopped, Tracee, who},
 };
 
 /// Saves the state of all threads of a process that have none saved yet.
 pub fn capture(pid: i32, process: &mut Process, scratch: &mut Vec<u8>) -> Result<(), GuardianError> {
+    let mut shared = None;
     for thread in process.threads.values_mut() {
-        if thread.saved.is_none() && matches!(thread.tracee, Tracee::Stopped(_)) {
-            capture_thread(pid, thread, scratch)?;
+        let (None, Tracee::Stopped(stopped)) = (&thread.saved, &thread.tracee) else { continue };
+        let of_process = match shared {
+            Some(found) => found,
+            None => *shared.insert(faults_in(&stopped.pending(true)?)),
+        };
+        let of_thread = faults_in(&stopped.pending(false)?);
+        capture_thread(pid, thread, scratch)?;
+        if let Some(saved) = &mut thread.saved {
+            saved.sent_faults = of_process | of_thread;
         }
     }
     Ok(())

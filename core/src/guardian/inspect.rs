@@ -2,23 +2,21 @@
 
 use super::{
     GuardianError,
-    protocol::{IntervalTimer, PosixTimer, ProcessState, SignalAction, ThreadDetails},
+    protocol::{ProcessState, SignalAction, ThreadDetails},
+    timers,
     tree::{Plan, Ran, Tree, answer},
     wait::Waiter,
 };
-use crate::{
-    inject::{
-        InjectError,
-        parasite::{self, ProcessQuery, ThreadQuery, Timers, command},
-        run::Way,
-        space::{Space, THREAD_SLOTS},
-    },
-    ptrace::who,
+use crate::inject::{
+    InjectError,
+    parasite::{self, ProcessQuery, ThreadQuery, Timers, command},
+    run::Way,
+    space::{Space, THREAD_SLOTS},
 };
 use std::collections::HashMap;
 
 /// Reads a plain block of the task's memory.
-fn read_block<T: Plain>(space: &Space, address: u64) -> Result<T, GuardianError> {
+pub(super) fn read_block<T: Plain>(space: &Space, address: u64) -> Result<T, GuardianError> {
     let mut bytes = vec![0u8; size_of::<T>()];
     space.read(&mut bytes, address)?;
     // SAFETY: `Plain` types are valid for any bytes; the read is unaligned.
@@ -29,7 +27,7 @@ fn read_block<T: Plain>(space: &Space, address: u64) -> Result<T, GuardianError>
 ///
 /// # Safety
 /// Every bit pattern must be valid, and there must be no padding.
-unsafe trait Plain {}
+pub(super) unsafe trait Plain {}
 // SAFETY: repr(C), 64-bit integers only.
 unsafe impl Plain for ProcessQuery {}
 // SAFETY: as above.
@@ -104,7 +102,7 @@ pub fn inspect(
     }
     states.sort_by_key(|state| pids.iter().position(|&pid| pid == state.pid));
     for state in &mut states {
-        state.posix_timers = timers(tree, state.pid, waiter)?;
+        timers::read(tree, state, waiter)?;
     }
     threads(tree, &mut states, waiter)?;
     Ok(states)
@@ -117,15 +115,13 @@ fn describe(pid: i32, query: &ProcessQuery) -> ProcessState {
         restorer: a.restorer,
         mask: a.mask,
     };
-    let timer = |t: parasite::IntervalTimer| IntervalTimer {
-        interval_us: t.interval_seconds * 1_000_000 + t.interval_microseconds,
-        value_us: t.value_seconds * 1_000_000 + t.value_microseconds,
-    };
     ProcessState {
         pid,
         actions: query.actions.iter().map(action).collect(),
-        itimers: query.timers.map(timer),
+        itimers: query.timers.map(timers::interval),
         posix_timers: Vec::new(),
+        pending: None,
+        membarrier: query.membarrier,
         brk: query.brk,
         dumpable: query.dumpable,
         child_subreaper: query.child_subreaper,
@@ -134,42 +130,6 @@ fn describe(pid: i32, query: &ProcessQuery) -> ProcessState {
         memory_merge: query.memory_merge,
         threads: Vec::new(),
     }
-}
-
-/// POSIX timers: their numbers are in /proc, their times only the process gets.
-fn timers(tree: &mut Tree, pid: i32, waiter: &mut Waiter) -> Result<Vec<PosixTimer>, GuardianError> {
-    let main = tree.process(pid)?.main(pid)?;
-    let text = who::read_text(&format!("/proc/{main}/timers"));
-    let ids: Vec<i64> =
-        text.lines().filter_map(|line| line.strip_prefix("ID: ")?.trim().parse().ok()).collect();
-    let mut timers = Vec::with_capacity(ids.len());
-    for group in ids.chunks(parasite::TIMERS_AT_ONCE) {
-        let space = tree.space(pid).ok_or(GuardianError::Unknown { pid })?;
-        let slot = space.main_slot();
-        let mut words = vec![command::TIMERS as i64, 0, group.len() as i64];
-        for &id in group {
-            words.extend([id, 0, 0, 0, 0, 0, 0]);
-        }
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        space.write(&bytes, slot.0)?;
-        let plans = HashMap::from([(main, plan(tree, pid, main, slot)?)]);
-        for (_, ran) in tree.run(&plans, waiter) {
-            ran.outcome?;
-        }
-        let space = tree.space(pid).ok_or(GuardianError::Unknown { pid })?;
-        let query: Timers = read_block(space, slot.0)?;
-        for timer in &query.timers[..group.len()] {
-            answer("timer_gettime", pid, timer.result)?;
-            let nanoseconds = |[seconds, rest]: [i64; 2]| seconds * 1_000_000_000 + rest;
-            timers.push(PosixTimer {
-                id: timer.id,
-                interval_ns: nanoseconds(timer.interval),
-                value_ns: nanoseconds(timer.value),
-                overrun: timer.overrun,
-            });
-        }
-    }
-    Ok(timers)
 }
 
 /// The threads of all processes, in waves of as many per process as there are slots.

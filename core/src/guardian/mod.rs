@@ -17,9 +17,11 @@ mod restore;
 mod seize;
 mod server;
 mod snapshot;
+mod timers;
 mod tree;
 mod undo;
 mod wait;
 
 pub use client::{Guardian, WriteJob};
 pub use error::{GuardianError, NotStopping};
+pub use restore::SCRATCH_LEN;

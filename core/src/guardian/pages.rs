@@ -124,7 +124,7 @@ fn simple(
     let saved = thread.saved.as_ref().ok_or(GuardianError::Unknown { pid })?;
     let plan = plan_in(space, &saved.registers, slot);
     thread.touched = true;
-    let mut runs = [Run::start(&mut thread.tracee, &plan.registers, plan.way)];
+    let mut runs = [Run::start(&mut thread.tracee, &plan.registers, plan.way, saved.sent_faults)];
     finish(&mut runs, waiter, Instant::now() + CALL_TIME);
     let outcome = runs.into_iter().next().and_then(|run| run.progress.outcome);
     thread.put_back()?;
@@ -258,7 +258,7 @@ fn start(job: &mut Job, tree: &mut Tree) -> Result<(), GuardianError> {
     let saved = thread.saved.as_ref().ok_or(GuardianError::Unknown { pid })?;
     let plan = plan_in(space, &saved.registers, slot);
     thread.touched = true;
-    job.progress = Some(Progress::start(&mut thread.tracee, &plan.registers, plan.way));
+    job.progress = Some(Progress::start(&mut thread.tracee, &plan.registers, plan.way, saved.sent_faults));
     job.started = Instant::now();
     Ok(())
 }

@@ -147,6 +147,17 @@ pub struct PosixTimer {
     pub value_ns: i64,
     /// timer_getoverrun(2).
     pub overrun: i64,
+    /// Whose CPU time it measures, if that is the time of one of several threads and can be found out.
+    pub owner: Option<i32>,
+}
+
+/// Pending signals, each a siginfo_t.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingSignals {
+    /// Of the process.
+    pub shared: Vec<Bytes>,
+    /// Of each thread.
+    pub threads: Vec<(i32, Vec<Bytes>)>,
 }
 
 /// What only a process itself can tell. `prctl` values are the answer or a negative errno.
@@ -172,6 +183,10 @@ pub struct ProcessState {
     pub mdwe: i64,
     /// PR_GET_MEMORY_MERGE.
     pub memory_merge: i64,
+    /// MEMBARRIER_CMD_GET_REGISTRATIONS.
+    pub membarrier: i64,
+    /// Pending signals of the moment when the timers were read; none if there is no timer.
+    pub pending: Option<PendingSignals>,
     /// Its threads.
     pub threads: Vec<ThreadDetails>,
 }
@@ -293,6 +308,34 @@ pub struct FinalThread {
     pub signal_mask: u64,
     /// An interrupted sleep.
     pub restart: Option<Restart>,
+    /// System calls that the thread makes when its restorer is gone.
+    pub late: Vec<LateCall>,
+}
+
+/// A system call that cannot be made earlier.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LateCall {
+    /// For messages.
+    pub name: String,
+    /// Number.
+    pub number: u64,
+    /// Arguments.
+    pub arguments: [u64; 6],
+    /// What one argument points to, if any: at most 128 bytes.
+    pub data: Bytes,
+    /// Which.
+    pub pointer: usize,
+}
+
+/// Code of the restorer to run last: it arms the timers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArmTimers {
+    /// Its entry.
+    pub entry: u64,
+    /// Its arguments.
+    pub arguments: u64,
+    /// Top of its stack.
+    pub stack: u64,
 }
 
 /// A restored task, ready to run. Numbers are those of the innermost pid namespace.
@@ -302,7 +345,9 @@ pub struct FinalTask {
     pub pid: i32,
     /// Address and length of what must be unmapped last (the restorer); the first must be writable somewhere if a thread has a `restart`.
     pub unmap: Vec<(u64, u64)>,
-    /// 64 writable bytes per thread that outlive the restorer's int3 and lie in `unmap`: needed for `restart` only.
+    /// Timers to arm, as late as can be.
+    pub arm: Option<ArmTimers>,
+    /// 128 writable bytes per thread that outlive the restorer's int3 and lie in `unmap`: needed for `restart` and `late` only.
     pub scratch: u64,
     /// The signal of the group stop in which it is to be.
     pub group_stop: Option<i32>,

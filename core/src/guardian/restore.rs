@@ -2,7 +2,7 @@
 
 use super::{
     GuardianError,
-    protocol::{FinalTask, FinalThread, Restart, TaskDied},
+    protocol::{ArmTimers, FinalTask, FinalThread, LateCall, Restart, TaskDied},
     wait::Waiter,
 };
 use crate::{
@@ -23,7 +23,7 @@ use std::{
 /// How long a step of the final preparation may take.
 const STEP_TIME: Duration = Duration::from_secs(10);
 /// Bytes of scratch per thread.
-const SCRATCH_LEN: u64 = 64;
+pub const SCRATCH_LEN: u64 = 128;
 
 /// A thread that is ours.
 #[derive(Debug)]
@@ -146,7 +146,9 @@ impl Nursery {
             task.inner = inner(tid);
             by_number.entry(task.inner).and_modify(|found| *found = None).or_insert(Some(tid));
         }
-        for task in tasks {
+        // Those with timers last, so that these lose as little time as can be.
+        let (plain, timed): (Vec<_>, Vec<_>) = tasks.iter().partition(|task| task.arm.is_none());
+        for task in plain.into_iter().chain(timed) {
             let mut threads = Vec::with_capacity(task.threads.len());
             for thread in &task.threads {
                 let found = by_number.get(&(thread.tid, task.pid)).copied().flatten();
@@ -182,6 +184,18 @@ impl Nursery {
             }
         }
         let base = registers_of(task, threads[0].1)?;
+        for (index, &(tid, thread)) in threads.iter().enumerate() {
+            let scratch = task.scratch + index as u64 * SCRATCH_LEN;
+            for call in &thread.late {
+                let registers = registers_of(task, thread)?;
+                let result = self.late(tid, &registers, call, &space, scratch, waiter)?;
+                let name = call.name.clone().into();
+                super::tree::named_answer(name, task.pid, result)?;
+            }
+        }
+        if let Some(arm) = task.arm {
+            self.arm_timers(first, &base, arm, waiter)?;
+        }
         for &(address, len) in &task.unmap {
             let call =
                 base.for_syscall(space.syscall_at, libc::SYS_munmap as u64, [address, len, 0, 0, 0, 0]);
@@ -196,13 +210,60 @@ impl Nursery {
                 registers.orig_rax = restart.syscall;
             }
             let signal_mask = thread.signal_mask;
-            let saved = Saved { registers, xstate: thread.xstate.0.clone(), signal_mask };
+            let saved = Saved { registers, xstate: thread.xstate.0.clone(), signal_mask, sent_faults: 0 };
             saved.restore(self.task(tid)?.tracee.stopped()?)?;
         }
         if let Some(signal) = task.group_stop {
             self.group_stops.push((first, signal));
         }
         Ok(())
+    }
+
+    /// A system call of a thread, by an instruction of its own memory.
+    fn late(
+        &mut self,
+        tid: i32,
+        registers: &Registers,
+        call: &LateCall,
+        space: &Space,
+        scratch: u64,
+        waiter: &mut Waiter,
+    ) -> Result<i64, GuardianError> {
+        let mut arguments = call.arguments;
+        if !call.data.is_empty() {
+            space.write(&call.data[..call.data.len().min(SCRATCH_LEN as usize)], scratch)?;
+            if let Some(pointer) = arguments.get_mut(call.pointer) {
+                *pointer = scratch;
+            }
+        }
+        let registers = registers.for_syscall(space.syscall_at, call.number, arguments);
+        Ok(run_syscall(&mut self.task(tid)?.tracee, &registers, waiter)?.result())
+    }
+
+    /// Runs the restorer's last code, which ends at its trap again.
+    fn arm_timers(
+        &mut self,
+        tid: i32,
+        own: &Registers,
+        arm: ArmTimers,
+        waiter: &mut Waiter,
+    ) -> Result<(), GuardianError> {
+        const ARM: u64 = 1;
+        let registers = Registers { rsi: ARM, ..own.for_call(arm.entry, arm.arguments, arm.stack) };
+        let tracee = &mut self.task(tid)?.tracee;
+        let stopped = tracee.stopped()?;
+        // As at its first trap: all but SIGTRAP is blocked, so nothing is delivered.
+        stopped.set_signal_mask(!(1 << (libc::SIGTRAP - 1)))?;
+        stopped.set_registers(&registers)?;
+        tracee.resume(|stopped| stopped.cont(0));
+        loop {
+            wait_stopped(tracee, waiter)?;
+            let stopped = tracee.stopped()?;
+            match stopped.stop() {
+                Stop::Signal(libc::SIGTRAP) if is_trap(stopped) => return Ok(()),
+                _ => tracee.resume(|stopped| stopped.cont(0)),
+            }
+        }
     }
 
     /// Lets all go, at once.
@@ -218,6 +279,9 @@ impl Nursery {
         for (_, task) in std::mem::take(&mut self.tasks) {
             match task.tracee {
                 Tracee::Stopped(stopped) => left.extend(stopped.detach(0).err()),
+                // A dead leader of live threads; the kernel lets it go when we end.
+                Tracee::Running(running)
+                    if who::Stat::read(running.id().tid).is_some_and(|s| s.is_zombie()) => {}
                 // A helper on its way: it must stop before it can be let go.
                 Tracee::Running(running) => {
                     running.interrupt();
@@ -274,13 +338,10 @@ impl Nursery {
 impl Adopted {
     /// Goes on from whatever stop, unless it is the end of the restorer.
     fn go_on(&mut self) {
-        /// siginfo_t: si_code of an int3.
-        const SI_KERNEL: [u8; 4] = 0x80i32.to_ne_bytes();
         let Tracee::Stopped(stopped) = &self.tracee else { return };
         let signal = match stopped.stop() {
             Stop::Signal(libc::SIGTRAP) => {
-                let info = stopped.signal_info().unwrap_or_default();
-                if info.get(8..12) == Some(&SI_KERNEL) {
+                if is_trap(stopped) {
                     self.arrived = true;
                     return;
                 }
@@ -292,6 +353,13 @@ impl Adopted {
         };
         self.tracee.resume(|stopped| stopped.cont(signal));
     }
+}
+
+/// Whether a SIGTRAP is that of an int3.
+fn is_trap(stopped: &Stopped) -> bool {
+    /// siginfo_t: si_code.
+    const SI_KERNEL: [u8; 4] = 0x80i32.to_ne_bytes();
+    stopped.signal_info().is_ok_and(|info| info.get(8..12) == Some(&SI_KERNEL))
 }
 
 /// Thread and process in the innermost pid namespace.
@@ -313,7 +381,7 @@ fn run_syscall(
     registers: &Registers,
     waiter: &mut Waiter,
 ) -> Result<Registers, GuardianError> {
-    let mut progress = Progress::start(tracee, registers, Way::Syscall);
+    let mut progress = Progress::start(tracee, registers, Way::Syscall, 0);
     let deadline = Instant::now() + STEP_TIME;
     while !progress.poll(tracee) {
         if !waiter.wait(deadline) {

@@ -149,7 +149,8 @@ impl Tree {
         for (pid, thread) in self.threads_mut() {
             if let Some(plan) = plans.get(&thread.tracee.id().tid) {
                 thread.touched = true;
-                runs.push((pid, Run::start(&mut thread.tracee, &plan.registers, plan.way)));
+                let held = thread.saved.as_ref().map_or(0, |saved| saved.sent_faults);
+                runs.push((pid, Run::start(&mut thread.tracee, &plan.registers, plan.way, held)));
             }
         }
         let (pids, mut runs): (Vec<i32>, Vec<Run<'_>>) = runs.into_iter().unzip();
@@ -282,7 +283,11 @@ impl Tree {
                 return Err(InjectError::Not64Bit { pid, name: who::name(tid) }.into());
             }
             if process.space.is_none() {
-                process.space = Some(Space::open(pid, tid)?);
+                let mut space = Space::open(pid, tid)?;
+                let sent = |thread: &Thread| thread.saved.as_ref().map_or(0, |saved| saved.sent_faults);
+                let trap = 1 << (libc::SIGTRAP - 1);
+                space.ignores_trap |= process.threads.values().any(|thread| sent(thread) & trap != 0);
+                process.space = Some(space);
             }
         }
         Ok(())
@@ -310,9 +315,14 @@ impl Tree {
 
 /// A system call's answer: a value, or a negative errno.
 pub fn answer(call: &'static str, pid: i32, value: i64) -> Result<i64, InjectError> {
+    named_answer(Cow::Borrowed(call), pid, value)
+}
+
+/// The same of a call whose name is not known in advance.
+pub fn named_answer(call: Cow<'static, str>, pid: i32, value: i64) -> Result<i64, InjectError> {
     if !(-4095..0).contains(&value) {
         return Ok(value);
     }
     let errno = Errno::from_raw(-value as i32) as i32;
-    Err(InjectError::Syscall { call: Cow::Borrowed(call), pid, name: who::name(pid), errno })
+    Err(InjectError::Syscall { call, pid, name: who::name(pid), errno })
 }

@@ -279,9 +279,16 @@ fn check_task(known: &Known<'_>, task: &Task) -> Check {
     check_siginfos(place, &task.pending)?;
     let first = task.threads.first().map_or(0, |thread| thread.tid);
     place.field("first thread", first, first == task.pid)?;
-    for thread in &task.threads {
+    let dead = usize::from(task.dead_leader);
+    place.field("live threads", task.threads.len().saturating_sub(dead), task.threads.len() > dead)?;
+    check_timers(place, task)?;
+    for (index, thread) in task.threads.iter().enumerate() {
         let length = thread.registers.len();
-        place.field("length of registers", length, length == REGISTERS)?;
+        let expected = if index < dead { 0 } else { REGISTERS };
+        place.field("length of registers", length, length == expected)?;
+        // MAX_NUMNODES is at most 1024 (arch/x86/Kconfig).
+        let nodes = thread.memory_nodes.len();
+        place.field("length of a set of nodes", nodes, nodes % 8 == 0 && nodes <= 128)?;
         place.field("length of xstate", thread.xstate.len(), thread.xstate.len() <= MAX_XSTATE)?;
         let name = &thread.name;
         place.field("length of a thread's name", name.len(), name.len() <= MAX_COMM && !name.contains(&0))?;
@@ -289,6 +296,17 @@ fn check_task(known: &Known<'_>, task: &Task) -> Check {
         check_siginfos(place, &thread.pending)?;
     }
     Ok(())
+}
+
+fn check_timers(place: Place, task: &Task) -> Check {
+    let mut seen = BTreeSet::new();
+    task.posix_timers.iter().try_for_each(|timer| {
+        place.field("number of a timer", timer.id, timer.id >= 0 && seen.insert(timer.id))?;
+        // SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD, SIGEV_THREAD_ID.
+        place.field("notification of a timer", timer.notify, [0, 1, 2, 4].contains(&timer.notify))?;
+        let mine = timer.tid == 0 || task.threads.iter().any(|thread| thread.tid == timer.tid);
+        place.field("thread of a timer", timer.tid, mine)
+    })
 }
 
 fn check_credentials(place: Place, credentials: Option<&Credentials>) -> Check {

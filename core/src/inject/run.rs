@@ -20,6 +20,12 @@ pub fn injection_mask() -> u64 {
     FAULTS.iter().fold(u64::MAX, |mask, signal| mask & !(1 << (signal - 1)))
 }
 
+/// Those of a list of pending signals that are in no injection mask.
+pub fn faults_in(pending: &[Vec<u8>]) -> u64 {
+    let bit = |info: &Vec<u8>| info.first().map_or(0, |&number| 1u64 << (u32::from(number).clamp(1, 64) - 1));
+    pending.iter().map(bit).fold(0, |set, bit| set | bit) & !injection_mask()
+}
+
 /// What a thread had before code was injected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Saved {
@@ -29,13 +35,15 @@ pub struct Saved {
     pub xstate: Vec<u8>,
     /// Blocked signals.
     pub signal_mask: u64,
+    /// Fault signals that somebody sent and that are pending: injected code must not take them.
+    pub sent_faults: u64,
 }
 
 impl Saved {
     /// Reads it.
     pub fn capture(stopped: &Stopped, scratch: &mut Vec<u8>) -> Result<Self, Error> {
         let (registers, signal_mask) = (stopped.registers()?, stopped.signal_mask()?);
-        Ok(Self { registers, xstate: stopped.xstate(scratch)?, signal_mask })
+        Ok(Self { registers, xstate: stopped.xstate(scratch)?, signal_mask, sent_faults: 0 })
     }
 
     /// Puts it back. Registers come last: with orig_rax they make the kernel restart an interrupted call.
@@ -79,11 +87,12 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts the run. The original state is the caller's to put back.
-    pub fn start(tracee: &mut Tracee, registers: &Registers, way: Way) -> Self {
+    /// Starts the run, with the faults in `held` blocked too. The original state is the caller's to put back.
+    pub fn start(tracee: &mut Tracee, registers: &Registers, way: Way, held: u64) -> Self {
         let mut progress = Self::under_way(way);
         let prepared = tracee.stopped().and_then(|stopped| {
-            stopped.set_signal_mask(injection_mask())?;
+            // A system call raises no fault, and a signal that somebody sent stays where it is.
+            stopped.set_signal_mask(if way == Way::Syscall { u64::MAX } else { injection_mask() | held })?;
             stopped.set_registers(registers)
         });
         match prepared {
@@ -188,8 +197,8 @@ pub struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// See [`Progress::start`].
-    pub fn start(tracee: &'a mut Tracee, registers: &Registers, way: Way) -> Self {
-        let progress = Progress::start(tracee, registers, way);
+    pub fn start(tracee: &'a mut Tracee, registers: &Registers, way: Way, held: u64) -> Self {
+        let progress = Progress::start(tracee, registers, way, held);
         Self { tracee, progress }
     }
 

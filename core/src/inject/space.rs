@@ -31,7 +31,7 @@ pub struct Space {
     pub code: Option<u64>,
     /// Where its writable area is mapped.
     pub area: Option<u64>,
-    /// The process ignores SIGTRAP (see the parasite's `_start`).
+    /// The process ignores SIGTRAP, or one is pending (see the parasite's `_start`).
     pub ignores_trap: bool,
 }
 

@@ -68,6 +68,7 @@ pub enum StatField {
     Session = 6,
     TtyNr = 7,
     Tpgid = 8,
+    Flags = 9,
     Nice = 19,
     StartCode = 26,
     EndCode = 27,
@@ -95,7 +96,12 @@ pub struct Stat {
 impl Stat {
     /// Reads `/proc/PID/stat`.
     pub fn read(proc: &ProcDir) -> Result<Self, ProcError> {
-        let text = proc.read_text("stat")?;
+        Self::read_file(proc, "stat")
+    }
+
+    /// Reads another file of this form, `task/TID/stat`.
+    pub fn read_file(proc: &ProcDir, file: &str) -> Result<Self, ProcError> {
+        let text = proc.read_text(file)?;
         let format = |what: &str| ProcError::Format { pid: proc.pid(), file: "stat", what: what.into() };
         // The name stands in parentheses and may hold any character, parentheses and blanks included.
         let (_, rest) = text.rsplit_once(") ").ok_or_else(|| format("no name"))?;

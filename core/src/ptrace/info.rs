@@ -181,6 +181,13 @@ impl Stopped {
 
     /// The thread's seccomp filters, the one installed last first.
     pub fn seccomp_filters(&self) -> Result<Vec<SeccompFilter>, Error> {
+        let mut filters = self.seccomp_filters_from_first()?;
+        filters.reverse();
+        Ok(filters)
+    }
+
+    /// In the order of ptrace: number 0 is the oldest (get_nth_filter, kernel/seccomp.c).
+    fn seccomp_filters_from_first(&self) -> Result<Vec<SeccompFilter>, Error> {
         let mut filters = Vec::new();
         loop {
             let index = filters.len();

@@ -216,7 +216,7 @@ impl Command<'_> {
     /// Until every thread is at its trap. A task that dies before is an error.
     fn wait_for_tasks(&mut self, plans: &Plans, host_pid: i32, started: Instant) -> Result<()> {
         let live = plans.image.tasks.iter().filter(|task| !task.zombie);
-        let threads: usize = live.map(|task| task.threads.len()).sum();
+        let threads: usize = live.map(|task| task.threads.len() - usize::from(task.dead_leader)).sum();
         let scripts = !self.options.action_scripts.is_empty();
         let mut forked = plans.registry.lifecycles().next().is_none() && !scripts;
         loop {

@@ -417,11 +417,16 @@ impl<'a> Life<'a> {
         let mut close = self.world.own.clone();
         close.extend(self.world.ghosts.get().into_iter().flat_map(Ghosts::descriptors));
         close.push(exe);
-        let options = RestorerOptions { exe, close, status: &raw const slot.status };
+        let parent = self.world.plans.image.task(task.ppid);
+        let late_death_signals = parent.is_some_and(|parent| parent.dead_leader);
+        let options = RestorerOptions { exe, close, status: &raw const slot.status, late_death_signals };
         let call = RestorerCall::new(&memory.finish(), task, &options)?;
         let region = call.region();
         slot.region_start.store(region.start, Ordering::Release);
         slot.region_end.store(region.end, Ordering::Release);
+        for (to, from) in slot.arming.iter().zip(call.arming()) {
+            to.store(from, Ordering::Release);
+        }
         self.world.shared.check()?;
         call.enter()
     }
@@ -438,7 +443,7 @@ fn fork_as(world: &World, exit_signal: i32, pid: i32) -> io::Result<i32> {
     };
     // Numbers from the upper end are the last that a growing counter reaches.
     for pid in (300..32_000).rev().filter(|pid| !used(*pid)) {
-        match sys::fork(0, exit_signal, pid) {
+        match sys::fork_once(0, exit_signal, pid) {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
             result => return result,
         }

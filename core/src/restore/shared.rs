@@ -37,6 +37,8 @@ pub struct Slot {
     pub region_start: AtomicU64,
     /// First address after it; 0 as long as there is none.
     pub region_end: AtomicU64,
+    /// Entry, arguments and stack of the code that arms the timers; 0 if there are none.
+    pub arming: [AtomicU64; 3],
 }
 
 /// The shared area; a copy refers to the same memory.

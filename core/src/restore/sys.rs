@@ -26,8 +26,29 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// Forks with clone3(2); gives 0 in the child. `pid` 0: any. The caller has one thread.
+/// How long a number may stay in use when its last process is gone.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// [`fork_once`], which waits for a number that nobody has any more: the kernel frees it a moment after the process is gone from
+/// /proc (release_task in kernel/exit.c).
 pub fn fork(flags: u64, exit_signal: i32, pid: i32) -> io::Result<i32> {
+    let started = Instant::now();
+    loop {
+        match fork_once(flags, exit_signal, pid) {
+            Err(error)
+                if error.raw_os_error() == Some(libc::EEXIST)
+                    && started.elapsed() < PATIENCE
+                    && !std::path::Path::new(&format!("/proc/{pid}")).exists() =>
+            {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Forks with clone3(2); gives 0 in the child. `pid` 0: any. The caller has one thread.
+pub fn fork_once(flags: u64, exit_signal: i32, pid: i32) -> io::Result<i32> {
     let set_tid = [pid];
     let args = CloneArgs {
         flags,

@@ -1,16 +1,18 @@
 //! What is one task's own: the image's `Task` and `Thread` records, from /proc, from system calls about the task, and
 //! from what the guardian collected by ptrace and by code injected into the task.
 
+mod context;
 mod scheduling;
+mod thread;
+mod timers;
+
+pub use context::{ProcessContext, ThreadContext};
 
 use crate::{
     files::{Names, Refusal},
-    image::records::{self, Credentials, Limit, MemoryMap, PathRef, Restart, SignalAction, Thread},
-    proc::{
-        ProcDir, ProcError,
-        status::{StatField, Status},
-    },
-    tree::{IdTranslation, NamespaceMap, Process, TreeError},
+    image::records::{self, Limit, MemoryMap, PathRef, Thread},
+    proc::{ProcDir, ProcError, status::StatField},
+    tree::{NamespaceMap, Process, TreeError},
 };
 use nix::errno::Errno;
 
@@ -43,62 +45,6 @@ pub enum TaskError {
         /// "has POSIX timers", ...
         what: String,
     },
-}
-
-/// What only ptrace and injected code can tell of a thread.
-#[derive(Debug, Clone, Default)]
-pub struct ThreadContext {
-    /// Thread id, as stasis sees it.
-    pub tid: i32,
-    /// struct user_regs_struct.
-    pub registers: Vec<u8>,
-    /// NT_X86_XSTATE.
-    pub xstate: Vec<u8>,
-    /// Blocked signals.
-    pub signal_mask: u64,
-    /// sigaltstack: base, flags, size.
-    pub altstack: (u64, u32, u64),
-    /// set_tid_address.
-    pub clear_child_tid: u64,
-    /// Robust futex list: head, length.
-    pub robust_list: (u64, u64),
-    /// rseq registration: address, size, signature.
-    pub rseq: Option<(u64, u32, u32)>,
-    /// Private pending signals, as siginfo_t.
-    pub pending: Vec<Vec<u8>>,
-    /// PR_SET_PDEATHSIG.
-    pub parent_death_signal: u32,
-    /// PR_SET_TIMERSLACK, nanoseconds.
-    pub timer_slack_ns: u64,
-    /// A relative sleep to go on with.
-    pub restart: Option<Restart>,
-}
-
-/// What only ptrace and injected code can tell of a process.
-#[derive(Debug, Clone, Default)]
-pub struct ProcessContext {
-    /// rt_sigaction of signals 1 to 64.
-    pub actions: Vec<SignalAction>,
-    /// ITIMER_REAL, VIRTUAL, PROF.
-    pub itimers: Vec<records::IntervalTimer>,
-    /// brk(0).
-    pub brk: u64,
-    /// PR_GET_DUMPABLE.
-    pub dumpable: u32,
-    /// PR_GET_THP_DISABLE.
-    pub thp_disable: u32,
-    /// PR_GET_SECUREBITS.
-    pub securebits: u32,
-    /// PR_GET_KEEPCAPS.
-    pub keep_caps: bool,
-    /// PR_GET_CHILD_SUBREAPER.
-    pub child_subreaper: bool,
-    /// Shared pending signals, as siginfo_t.
-    pub pending: Vec<Vec<u8>>,
-    /// Seccomp filters, innermost first.
-    pub seccomp_filters: Vec<records::SeccompFilter>,
-    /// Threads, leader first.
-    pub threads: Vec<ThreadContext>,
 }
 
 /// The files that a process has by its very nature.
@@ -144,25 +90,11 @@ pub fn describe(
 ) -> Result<records::Task, TaskError> {
     refuse_unsupported(process)?;
     let proc = &process.proc;
-    let status = &process.status;
-    let foreign_user = namespaces.is_foreign("user", process);
-    let ids =
-        |file| if foreign_user { IdTranslation::read(proc, file) } else { Ok(IdTranslation::default()) };
-    let (uids, gids) = (ids("uid_map")?, ids("gid_map")?);
-    let mut credentials = credentials(status, &uids, &gids)?;
-    credentials.securebits = context.securebits;
-    credentials.keep_caps = context.keep_caps;
-    credentials.seccomp_filters = context.seccomp_filters.clone();
-    let threads = process
-        .threads
-        .iter()
-        .map(|&(tid, inner)| {
-            let found = context.threads.iter().find(|thread| thread.tid == tid);
-            // The guardian stopped exactly these threads.
-            let found = found.ok_or(TaskError::Call { call: "PTRACE_GETREGS", tid, errno: Errno::ESRCH })?;
-            describe_thread(process, found, inner, &credentials, (&uids, &gids))
-        })
-        .collect::<Result<Vec<_>, TaskError>>()?;
+    let (credentials, mut threads) = thread::describe_all(process, context, namespaces)?;
+    let dead_leader = process.has_dead_leader();
+    if dead_leader {
+        threads.insert(0, dead_leader_record(process));
+    }
     let terminal = process.stat.get(StatField::TtyNr)? as i32;
     let foreground = process.stat.get(StatField::Tpgid)? as i32;
     Ok(records::Task {
@@ -171,18 +103,21 @@ pub fn describe(
         pgid: process.pgid,
         sid: process.sid,
         group_stop: process.group_stop,
-        exit_signal: process.stat.get(StatField::ExitSignal)? as i32,
+        exit_signal: process.exit_signal,
+        exit_status: if dead_leader { process.exit_code } else { 0 },
+        dead_leader,
         mm: id,
         files: id,
         exe: Some(paths.exe.clone()),
         cwd: Some(paths.cwd.clone()),
         root: Some(paths.root.clone()),
-        umask: status.octal("Umask")?,
+        umask: process.status.octal("Umask")?,
         personality: personality(proc)?,
         credentials: Some(credentials),
         actions: context.actions.clone(),
         pending: context.pending.clone(),
         itimers: context.itimers.clone(),
+        posix_timers: timers::describe(process, &context.posix_timers)?,
         limits: limits(proc)?,
         namespaces: namespaces
             .of(process)?
@@ -194,6 +129,9 @@ pub fn describe(
         child_subreaper: context.child_subreaper,
         dumpable: context.dumpable,
         thp_disable: context.thp_disable,
+        mdwe: context.mdwe,
+        memory_merge: context.memory_merge,
+        membarrier: context.membarrier,
         coredump_filter: hexadecimal(proc, "coredump_filter")? as u32,
         tty_nr: (terminal != 0).then_some(terminal),
         tty_pgrp: (terminal != 0).then_some(foreground),
@@ -210,8 +148,8 @@ pub fn describe_zombie(process: &Process) -> Result<records::Task, TaskError> {
         pgid: process.pgid,
         sid: process.sid,
         zombie: true,
-        exit_status: process.stat.get(StatField::ExitCode)? as i32,
-        exit_signal: process.stat.get(StatField::ExitSignal)? as i32,
+        exit_status: process.exit_code,
+        exit_signal: process.exit_signal,
         host_pid: process.host_pid,
         threads: vec![Thread {
             tid: process.pid,
@@ -222,6 +160,11 @@ pub fn describe_zombie(process: &Process) -> Result<records::Task, TaskError> {
     })
 }
 
+/// The record of a first thread that has exited while others live: nothing but its number and its name is left.
+fn dead_leader_record(process: &Process) -> Thread {
+    Thread { tid: process.pid, name: process.name.clone().into_bytes(), ..Thread::default() }
+}
+
 /// State that a restore would lose in silence.
 fn refuse_unsupported(process: &Process) -> Result<(), TaskError> {
     let refuse = |what: &str| TaskError::Unsupported {
@@ -229,87 +172,11 @@ fn refuse_unsupported(process: &Process) -> Result<(), TaskError> {
         name: process.name.clone(),
         what: what.into(),
     };
-    if !process.proc.read("timers")?.is_empty() {
-        return Err(refuse("has POSIX timers (timer_create)"));
-    }
     // A 32-bit task is told by the segment of its code; /proc has no word for it.
     if hexadecimal(&process.proc, "personality")? & 0xff == 8 {
         return Err(refuse("is a 32-bit Linux program"));
     }
     Ok(())
-}
-
-fn describe_thread(
-    process: &Process,
-    context: &ThreadContext,
-    tid: i32,
-    leader: &Credentials,
-    (uids, gids): (&IdTranslation, &IdTranslation),
-) -> Result<Thread, TaskError> {
-    let dir = format!("task/{}", context.tid);
-    let proc = &process.proc;
-    let mut name = proc.read(&format!("{dir}/comm"))?;
-    name.truncate(name.trim_ascii_end().len());
-    let mut own = None;
-    if context.tid != process.host_pid {
-        let mut theirs = credentials(&Status::read_file(proc, &format!("{dir}/status"))?, uids, gids)?;
-        theirs.securebits = leader.securebits;
-        theirs.keep_caps = leader.keep_caps;
-        theirs.seccomp_filters = leader.seccomp_filters.clone();
-        own = (theirs != *leader).then_some(theirs);
-    }
-    let scheduling = scheduling::read(context.tid)?;
-    let (rseq_address, rseq_size, rseq_signature) = context.rseq.unwrap_or_default();
-    Ok(Thread {
-        tid,
-        registers: context.registers.clone(),
-        xstate: context.xstate.clone(),
-        signal_mask: context.signal_mask,
-        name,
-        altstack_base: context.altstack.0,
-        altstack_flags: context.altstack.1,
-        altstack_size: context.altstack.2,
-        clear_child_tid: context.clear_child_tid,
-        robust_list: context.robust_list.0,
-        robust_list_len: context.robust_list.1,
-        rseq_address,
-        rseq_size,
-        rseq_signature,
-        pending: context.pending.clone(),
-        parent_death_signal: context.parent_death_signal,
-        timer_slack_ns: context.timer_slack_ns,
-        sched_policy: scheduling.policy,
-        nice: scheduling.nice,
-        sched_priority: scheduling.priority,
-        affinity: scheduling.affinity,
-        restart: context.restart,
-        credentials: own,
-        io_priority: scheduling.io_priority,
-    })
-}
-
-/// Credentials from a status file, as the task's own user namespace names them.
-fn credentials(
-    status: &Status,
-    uids: &IdTranslation,
-    gids: &IdTranslation,
-) -> Result<Credentials, ProcError> {
-    let numbers = |name, map: &IdTranslation| -> Result<Vec<u32>, ProcError> {
-        Ok(status.numbers(name)?.into_iter().map(|id| map.inside(id)).collect())
-    };
-    Ok(Credentials {
-        uid: numbers("Uid", uids)?,
-        gid: numbers("Gid", gids)?,
-        groups: numbers("Groups", gids)?,
-        cap_inheritable: status.hexadecimal("CapInh")?,
-        cap_permitted: status.hexadecimal("CapPrm")?,
-        cap_effective: status.hexadecimal("CapEff")?,
-        cap_bounding: status.hexadecimal("CapBnd")?,
-        cap_ambient: status.hexadecimal("CapAmb")?,
-        no_new_privs: status.text("NoNewPrivs")? == "1",
-        seccomp_mode: status.last_number("Seccomp")?,
-        ..Credentials::default()
-    })
 }
 
 /// Memory map: addresses that prctl(PR_SET_MM_MAP) puts back (proc_pid_stat(5)).

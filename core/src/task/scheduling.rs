@@ -19,9 +19,15 @@ pub struct Scheduling {
     pub affinity: Vec<u8>,
     /// ioprio_get(2).
     pub io_priority: u32,
+    /// Runtime, deadline and period of SCHED_DEADLINE, nanoseconds; of SCHED_OTHER the slice of time, where the kernel tells it.
+    pub deadline: [u64; 3],
+    /// `SCHED_FLAG_*` besides the reset on fork.
+    pub flags: u64,
+    /// Utilization clamps, where the kernel has them.
+    pub utilization: (u32, u32),
 }
 
-/// struct sched_attr, first version (sched_getattr(2)).
+/// struct sched_attr (sched_getattr(2)); kernels without utilization clamps leave those zero.
 #[repr(C)]
 #[derive(Default)]
 struct Attributes {
@@ -33,6 +39,8 @@ struct Attributes {
     runtime: u64,
     deadline: u64,
     period: u64,
+    utilization_min: u32,
+    utilization_max: u32,
 }
 
 /// Asks the kernel about thread `tid`.
@@ -45,11 +53,6 @@ pub fn read(tid: i32) -> Result<Scheduling, TaskError> {
     };
     if result < 0 {
         return Err(failed("sched_getattr")());
-    }
-    const SCHED_DEADLINE: u32 = 6;
-    if attributes.policy == SCHED_DEADLINE {
-        let what = "is scheduled by SCHED_DEADLINE".into();
-        return Err(TaskError::Unsupported { pid: tid, name: String::new(), what });
     }
     let mut affinity = vec![0_u8; AFFINITY_BYTES];
     // SAFETY: the kernel writes at most the size given, which is that of the buffer.
@@ -75,6 +78,9 @@ pub fn read(tid: i32) -> Result<Scheduling, TaskError> {
         nice: attributes.nice,
         affinity,
         io_priority: io_priority as u32,
+        deadline: [attributes.runtime, attributes.deadline, attributes.period],
+        flags: attributes.flags & !SCHED_FLAG_RESET_ON_FORK,
+        utilization: (attributes.utilization_min, attributes.utilization_max),
     })
 }
 

@@ -30,16 +30,6 @@ pub enum TreeError {
         /// "descriptor table", ...
         what: &'static str,
     },
-    /// The main thread has exited.
-    #[error(
-        "the main thread of task {pid} ({name}) has exited while others go on, which is not supported yet"
-    )]
-    DeadLeader {
-        /// The process.
-        pid: i32,
-        /// Its name.
-        name: String,
-    },
     /// A thread has of its own what threads usually share.
     #[error("thread {tid} of task {pid} ({name}) has a {what} of its own, which is not supported yet")]
     Unshared {
@@ -88,9 +78,13 @@ pub struct Process {
     pub zombie: bool,
     /// Signal that stopped the group, or 0.
     pub group_stop: i32,
-    /// Threads: (tid as stasis sees it, tid in the innermost namespace), leader first.
+    /// Live threads: (tid as stasis sees it, tid in the innermost namespace), leader first unless it is dead.
     pub threads: Vec<(i32, i32)>,
-    /// `/proc/PID`.
+    /// Signal that its end sends to the parent.
+    pub exit_signal: i32,
+    /// Wait status of the leader, if it has exited.
+    pub exit_code: i32,
+    /// `/proc/PID`, or that of another thread if the leader is dead and shows nothing any more.
     pub proc: ProcDir,
     /// Its status file.
     pub status: Status,
@@ -177,12 +171,30 @@ impl Tree {
     }
 }
 
+impl Process {
+    /// The first thread has exited while others live.
+    pub fn has_dead_leader(&self) -> bool {
+        self.worker() != self.host_pid
+    }
+
+    /// The thread whose /proc is read.
+    pub fn worker(&self) -> i32 {
+        self.proc.pid()
+    }
+}
+
 fn read_process(found: &Found) -> Result<Process, TreeError> {
-    let proc = ProcDir::open(found.pid)?;
+    let worker = if found.zombie { found.pid } else { found.tids.first().copied().unwrap_or(found.pid) };
+    let proc = ProcDir::open(worker)?;
     let status = Status::read(&proc)?;
     let stat = Stat::read(&proc)?;
-    let pid = status.last_number("NSpid")?;
-    let mut threads = vec![(found.pid, pid)];
+    let leader = if worker == found.pid { None } else { Some(ProcDir::open(found.pid)?) };
+    let leader =
+        leader.map(|proc| Ok::<_, ProcError>((Stat::read(&proc)?, Status::read(&proc)?))).transpose()?;
+    let (leader_stat, leader_status) =
+        leader.as_ref().map_or((&stat, &status), |(stat, status)| (stat, status));
+    let pid = leader_status.last_number("NSpid")?;
+    let mut threads = if worker == found.pid { vec![(found.pid, pid)] } else { Vec::new() };
     // Without a pid namespace in between, both views agree and a thousand files need not be read.
     let nested = status.numbers::<i32>("NSpid")?.len() > 1;
     for &tid in found.tids.iter().filter(|&&tid| tid != found.pid) {
@@ -198,7 +210,9 @@ fn read_process(found: &Found) -> Result<Process, TreeError> {
         ppid: 0,
         pgid: status.last_number("NSpgid")?,
         sid: status.last_number("NSsid")?,
-        name: status.text("Name")?.to_string(),
+        name: leader_status.text("Name")?.to_string(),
+        exit_signal: leader_stat.get(StatField::ExitSignal)? as i32,
+        exit_code: leader_stat.get(StatField::ExitCode)? as i32,
         zombie: found.zombie,
         group_stop: found.group_stop,
         threads,

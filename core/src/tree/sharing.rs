@@ -18,14 +18,10 @@ const OF_PROCESSES: &[(Resource, &str)] = &[
 
 /// Refuses what is shared between processes, or not shared between threads: restore would change it in silence.
 pub fn refuse_unsupported_sharing(tree: &Tree) -> Result<(), TreeError> {
-    // proc_pid_stat(5): a dead leader is a zombie although its threads live on.
-    if let Some(process) = tree.living().find(|process| process.stat.state() == b'Z') {
-        return Err(TreeError::DeadLeader { pid: process.host_pid, name: process.name.clone() });
-    }
     for &(resource, what) in OF_PROCESSES {
         let mut set = SharingSet::new(resource);
         for process in tree.living() {
-            if let Some(first) = set.find_or_insert((process.host_pid, 0), process.host_pid)? {
+            if let Some(first) = set.find_or_insert((process.worker(), 0), process.host_pid)? {
                 let first_name = tree.processes.iter().find(|p| p.host_pid == first).map(|p| p.name.clone());
                 let first_name = first_name.unwrap_or_default();
                 return Err(TreeError::Shared { first, first_name, second: process.host_pid, what });
@@ -35,7 +31,7 @@ pub fn refuse_unsupported_sharing(tree: &Tree) -> Result<(), TreeError> {
     for process in tree.living() {
         for &(tid, _) in &process.threads[1..] {
             for &(resource, what) in OF_THREADS {
-                if compare(resource, (process.host_pid, 0), (tid, 0))? != Ordering::Equal {
+                if compare(resource, (process.worker(), 0), (tid, 0))? != Ordering::Equal {
                     return Err(TreeError::Unshared {
                         pid: process.host_pid,
                         name: process.name.clone(),

@@ -114,7 +114,8 @@ fn live(world: &World<'_>, mut memory: TaskMemory<'_>, index: usize) -> io::Resu
     time(2);
     // SAFETY: shared memory of this test.
     let status = unsafe { &raw const (*world.shared).status[index] };
-    let options = RestorerOptions { exe: world.exe, close: vec![world.exe], status };
+    let options =
+        RestorerOptions { exe: world.exe, close: vec![world.exe], status, late_death_signals: false };
     let moves = memory.finish();
     let call = RestorerCall::new(&moves, &world.image.tasks[index], &options).map_err(io::Error::other)?;
     // SAFETY: as above.

@@ -79,10 +79,16 @@ workloads! {
     threads_rseq_robust: "robust list, rseq area and clear_child_tid";
     threads_futex: "a thread that waits on a futex without end";
     threads_dead_leader: "a process whose first thread has ended";
+    threads_credentials: "threads with credentials of their own";
+    threads_scheduling: "threads under every scheduling policy";
     threads_1000: "1,000 threads", heavy;
     sig_handlers: "handlers with masks, flags and ignored signals";
     sig_pending: "blocked, pending and queued signals with their values";
     sig_altstack: "a handler at work on an alternate stack";
+    sig_traps: "SIGTRAP and its kin: ignored, handled, pending";
+    timers_posix: "POSIX timers of every kind, pending ones too";
+    timers_interval: "interval timers, one with its signal pending";
+    prctl_state: "what prctl sets for processes and threads";
     sig_stopped: "a child that is stopped";
     sleep_relative: "sleeps with remaining time: nanosleep, poll, futex, select";
     poll_blocked: "tasks in poll without end";
@@ -157,6 +163,7 @@ workloads! {
     pty_hangup: "terminals that have hung up";
     pty_instance: "a devpts of the tree's own";
     seccomp_strict: "a filter that allows hardly anything";
+    seccomp_threads: "filters of single threads, and their synchronisation";
     ns_tree: "a tree in fresh user, mount and pid namespaces", host;
     ns_mounts: "proc, tmpfs with content and bind mounts";
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;

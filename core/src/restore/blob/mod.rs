@@ -5,6 +5,7 @@
 //! unmaps when all threads have arrived at their traps.
 
 pub mod tables;
+pub mod timers;
 
 /// The blob, built and flattened by build.rs.
 static RESTORER: Blob = include!(concat!(env!("OUT_DIR"), "/restorer.rs"));
@@ -72,6 +73,8 @@ pub struct RestorerOptions {
     pub close: Vec<RawFd>,
     /// Where failures are told: in memory that is mapped shared.
     pub status: *const Status,
+    /// Parent death signals are set later: the parent's first thread is about to exit, which would send them.
+    pub late_death_signals: bool,
 }
 
 /// A restorer that is ready to be entered.
@@ -142,6 +145,11 @@ impl RestorerCall {
         self.region.clone()
     }
 
+    /// The code that arms the timers: its entry, its arguments, the top of its stack.
+    pub fn arming(&self) -> [u64; 3] {
+        [self.entry, self.arguments, self.stack]
+    }
+
     /// Leaves this program for good. The caller is the only thread, and nothing that it owns is dropped.
     pub fn enter(self) -> ! {
         let all = u64::MAX;
@@ -151,7 +159,7 @@ impl RestorerCall {
         // SAFETY: the entry point takes its argument in rdi and a stack of its own; it unmaps this program.
         unsafe {
             asm!("mov rsp, {stack}", "xor ebp, ebp", "jmp {entry}", stack = in(reg) self.stack,
-                entry = in(reg) self.entry, in("rdi") self.arguments, options(noreturn))
+                entry = in(reg) self.entry, in("rdi") self.arguments, in("rsi") 0, options(noreturn))
         }
     }
 }

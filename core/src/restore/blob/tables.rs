@@ -3,7 +3,7 @@
 use super::proto::{
     Action, Arguments, Credentials, Filter, Interval, Limit, Name, SignalInfo, Table, Thread,
 };
-use super::{BlobError, RestorerOptions};
+use super::{BlobError, RestorerOptions, timers};
 use crate::image::records::{self, SeccompFilter, Task};
 use crate::restore::memory::RestorerMoves;
 use std::sync::atomic::AtomicU32;
@@ -12,6 +12,8 @@ use std::sync::atomic::AtomicU32;
 const SIGNAL_INFO: usize = 128;
 /// Bytes of a `struct sock_filter`.
 const INSTRUCTION: usize = 8;
+/// The restorer's word for a setting that is to be left alone.
+const UNKNOWN: u32 = 2;
 
 /// Bytes that will lie at a fixed address in the task.
 #[derive(Debug)]
@@ -70,8 +72,9 @@ impl Tables {
         let actions: Vec<_> = task
             .actions
             .iter()
-            .map(|action| Action {
-                handler: action.handler,
+            .enumerate()
+            .map(|(index, action)| Action {
+                handler: if index + 1 == TRAP && is_ignored(action) { 0 } else { action.handler },
                 flags: action.flags,
                 restorer: action.restorer,
                 mask: action.mask,
@@ -83,12 +86,22 @@ impl Tables {
         for (timer, record) in timers.iter_mut().zip(&task.itimers) {
             *timer = interval(record);
         }
+        // ITIMER_REAL stands still while its signal is pending, and goes on in its rhythm when that is taken: it fires again, and
+        // the second signal of the number is dropped.
+        if timers[0].value_sec == 0 && timers[0].value_usec == 0 && timers[0] != Interval::default() {
+            timers[0].value_usec = 1;
+        }
         let own = task.credentials.as_ref();
         let own = own.ok_or(BlobError::Incomplete { pid: task.pid, what: "credentials" })?;
-        let common = task.threads.iter().all(|thread| {
-            thread.credentials.as_ref().is_none_or(|other| other.seccomp_filters == own.seccomp_filters)
+        // Filters that all have are installed before there is a second thread, so that they are the very same ones.
+        let live = task.threads.iter().skip(task.dead_leader.into());
+        let all = live.map(|thread| &thread.credentials.as_ref().unwrap_or(own).seccomp_filters);
+        let common = all.map(|other| same_outermost(other, &own.seccomp_filters)).min().unwrap_or(0);
+        let (posix_timers, arm, pending) = timers::plan(task);
+        let threads = task.threads.iter().enumerate().map(|(index, thread)| {
+            let early = options.late_death_signals;
+            self.thread(thread, own, common, early, pending.of_thread(index))
         });
-        let threads = task.threads.iter().map(|thread| self.thread(thread, own, common));
         let threads: Vec<_> = threads.collect();
         if threads.is_empty() {
             return Err(BlobError::Incomplete { pid: task.pid, what: "threads" });
@@ -109,35 +122,52 @@ impl Tables {
             layout,
             close: self.put(&options.close),
             actions: self.put(&actions),
-            pending: self.pending(&task.pending),
+            pending: self.pending(pending.of_process()),
             timers,
             limits: self.put(&limits),
-            filters: if common { self.filters(&own.seccomp_filters) } else { Table::new(0, 0) },
+            filters: self.filters(&own.seccomp_filters[own.seccomp_filters.len() - common..]),
             umask: task.umask,
             dumpable: task.dumpable,
             personality: task.personality,
             thp_disable: task.thp_disable,
             child_subreaper: task.child_subreaper.into(),
+            mdwe: task.mdwe,
+            memory_merge: task.memory_merge.into(),
+            membarrier: task.membarrier,
+            leader_exits: task.dead_leader.into(),
+            leader_status: task.exit_status as u32,
+            posix_timers: self.put(&posix_timers),
+            arm: self.put(&arm),
             threads: self.put(&threads),
             stacks: 0,
             stack_size: 0,
         })
     }
 
-    fn thread(&mut self, thread: &records::Thread, own: &records::Credentials, common: bool) -> Thread {
+    fn thread(
+        &mut self,
+        thread: &records::Thread,
+        own: &records::Credentials,
+        common: usize,
+        late_death_signal: bool,
+        pending: &[Vec<u8>],
+    ) -> Thread {
         let credentials = thread.credentials.as_ref().unwrap_or(own);
+        let filters = &credentials.seccomp_filters;
         let mut name = [0; 16];
         // The kernel keeps 15 bytes and a NUL.
         for (to, from) in name.iter_mut().take(15).zip(&thread.name) {
             *to = *from;
         }
+        let words = thread.memory_nodes.as_chunks::<8>().0;
+        let nodes: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         Thread {
             tid: thread.tid,
             policy: thread.sched_policy,
             priority: thread.sched_priority,
             nice: thread.nice,
             io_priority: thread.io_priority,
-            parent_death_signal: thread.parent_death_signal,
+            parent_death_signal: if late_death_signal { 0 } else { thread.parent_death_signal },
             timer_slack: thread.timer_slack_ns,
             affinity: self.put(&thread.affinity),
             name,
@@ -150,9 +180,19 @@ impl Tables {
             altstack_base: thread.altstack_base,
             altstack_flags: thread.altstack_flags.into(),
             altstack_size: thread.altstack_size,
-            pending: self.pending(&thread.pending),
-            filters: if common { Table::new(0, 0) } else { self.filters(&credentials.seccomp_filters) },
+            pending: self.pending(pending),
+            filters: self.filters(&filters[..filters.len().saturating_sub(common)]),
             credentials: self.credentials(credentials),
+            sched_flags: thread.sched_flags,
+            deadline: [thread.deadline_runtime_ns, thread.deadline_ns, thread.deadline_period_ns],
+            utilization: [thread.utilization_min, thread.utilization_max],
+            tsc: thread.tsc,
+            cpuid: thread.cpuid.map_or(UNKNOWN, u32::from),
+            machine_check: thread.machine_check,
+            io_flusher: thread.io_flusher.into(),
+            speculation: std::array::from_fn(|at| thread.speculation.get(at).copied().unwrap_or(0)),
+            memory_policy: thread.memory_policy,
+            memory_nodes: self.put(&nodes),
         }
     }
 
@@ -190,9 +230,29 @@ impl Tables {
     }
 
     fn pending(&mut self, signals: &[Vec<u8>]) -> Table<SignalInfo> {
-        let signals: Vec<_> = signals.iter().map(|bytes| signal(bytes)).collect();
+        let signals: Vec<_> =
+            signals.iter().filter(|info| !is_trap(info)).map(|bytes| signal(bytes)).collect();
         self.put(&signals)
     }
+}
+
+/// The restorer's end is an int3, for which the kernel resets the action of SIGTRAP if it is to be ignored, and before which the
+/// signal is let in: what the image has of it comes later.
+pub const TRAP: usize = libc::SIGTRAP as usize;
+
+/// Whether a signal is ignored.
+pub fn is_ignored(action: &records::SignalAction) -> bool {
+    action.handler == libc::SIG_IGN as u64
+}
+
+/// Whether a pending signal is a SIGTRAP.
+pub fn is_trap(info: &[u8]) -> bool {
+    info.first().is_some_and(|&number| usize::from(number) == TRAP)
+}
+
+/// How many filters two threads have in common, from the outermost on.
+fn same_outermost(one: &[SeccompFilter], other: &[SeccompFilter]) -> usize {
+    one.iter().rev().zip(other.iter().rev()).take_while(|(one, other)| one == other).count()
 }
 
 /// A `siginfo_t` of a record, padded.
