@@ -131,6 +131,18 @@ pub fn timeout_of_uninterruptible_wait(registers: &Registers) -> Option<Timeout>
     })
 }
 
+/// Calls on sockets, which return EINTR after a stop if the socket has a timeout (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
+pub fn may_wait_on_socket(registers: &Registers) -> bool {
+    // accept, accept4, connect, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg
+    registers.syscall().is_some_and(|call| [43, 288, 42, 45, 47, 299, 44, 46, 307].contains(&call))
+}
+
+/// The same of calls that other kinds of files have too: the descriptor.
+pub fn may_wait_on_file(registers: &Registers) -> Option<u32> {
+    // read, write, readv, writev
+    registers.syscall().filter(|call| [0, 1, 19, 20].contains(call)).map(|_| registers.rdi as u32)
+}
+
 /// How long a call would wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Timeout {

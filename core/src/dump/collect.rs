@@ -21,7 +21,7 @@ use crate::{
     plugins::Wanted,
     proc::mappings,
     task::{self, ProcessContext, TaskPaths},
-    tree::{Found, NamespaceMap, Process, Tree, refuse_unsupported_sharing},
+    tree::{Found, FsGroups, NamespaceMap, Process, Tree, sharing},
 };
 use nix::time::{ClockId, clock_gettime};
 use stasis_plugin_api::VmaInfo;
@@ -38,6 +38,8 @@ pub(super) struct FrozenTree {
     contexts: HashMap<i32, ProcessContext>,
     /// Number of each living process' memory map and descriptor table, by pid as stasis sees it.
     numbers: HashMap<i32, u32>,
+    /// Who shares root, cwd and umask.
+    fs_groups: FsGroups,
     /// Mappings of plugins: (index of the process among the living, index of the mapping, plugin, kind).
     plugin_mappings: Vec<(usize, usize, String, String, VmaInfo)>,
 }
@@ -62,7 +64,7 @@ pub(super) fn seize(context: &Context<'_>) -> Result<Vec<Found>, DumpError> {
 pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenTree, DumpError> {
     let tree = Tree::read(found)?;
     tree.check_leaders(context.options.shell_job)?;
-    refuse_unsupported_sharing(&tree)?;
+    let fs_groups = sharing(&tree)?;
     let namespaces = NamespaceMap::read(&tree)?;
     let living: Vec<&Process> = tree.living().collect();
     let facts = parallel::map(&living, |process| -> Result<_, DumpError> {
@@ -100,6 +102,7 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
         paths,
         contexts: HashMap::new(),
         numbers,
+        fs_groups,
         plugin_mappings: Vec::new(),
     };
     frozen.claim(context, &mut missing)?;
@@ -193,8 +196,9 @@ impl FrozenTree {
         let described = parallel::map(&living, |&(process, paths)| {
             let found = self.contexts.get(&process.host_pid).unwrap_or(&empty);
             let number = self.number(process.host_pid);
+            let fs = self.fs_groups.get(&process.host_pid).copied().unwrap_or_default();
             Ok::<_, DumpError>((
-                task::describe(process, found, &self.namespaces, paths, number)?,
+                task::describe(process, found, &self.namespaces, paths, number, fs)?,
                 task::memory_map(process, found.brk, number)?,
             ))
         })?;

@@ -94,7 +94,7 @@ impl Pages {
             if may_snapshot && !related && anonymous_bytes(process)? >= SNAPSHOT_MINIMUM {
                 pages.snapshots.push(process.host_pid);
                 let lost_by_fork = std::mem::take(&mut private.lost_by_fork);
-                let proc = ProcDir::open(process.host_pid)?;
+                let proc = ProcDir::open(process.worker())?;
                 let lost = Private { proc, readable: vec![], hidden: vec![], lost_by_fork, ..private };
                 found.extend(lost.find(related, outside_only)?);
                 pages.postponed = Some(private);
@@ -279,7 +279,7 @@ impl Private {
         let (lost_by_fork, kept): (Vec<Vma>, Vec<Vma>) =
             vmas.iter().cloned().partition(|vma| vma.advice & lost != 0);
         let (hidden, readable) = kept.into_iter().partition(|vma| vma.prot & libc::PROT_READ as u32 == 0);
-        let proc = ProcDir::open(process.host_pid)?;
+        let proc = ProcDir::open(process.worker())?;
         Ok(Self { mm, host_pid: process.host_pid, proc, readable, hidden, lost_by_fork })
     }
 

@@ -8,7 +8,7 @@ use super::{
     wait::Waiter,
 };
 use crate::{
-    arch::timeout_of_uninterruptible_wait,
+    arch::{Registers, may_wait_on_file, may_wait_on_socket, timeout_of_uninterruptible_wait},
     inject::run::{Saved, faults_in},
     ptrace::{Rseq, Stopped, Tracee, who},
 };
@@ -37,7 +37,7 @@ pub fn capture_thread(pid: i32, thread: &mut Thread, scratch: &mut Vec<u8>) -> R
     let mut saved = Saved::capture(stopped, scratch)?;
     let original = saved.registers;
     if saved.registers.result() == -i64::from(libc::EINTR)
-        && timeout_of_uninterruptible_wait(&saved.registers).is_some()
+        && is_wait(stopped.id().tid, &saved.registers)
         && !will_be_interrupted(pid, stopped, saved.signal_mask)?
     {
         saved.registers.rewind();
@@ -48,6 +48,17 @@ pub fn capture_thread(pid: i32, thread: &mut Thread, scratch: &mut Vec<u8>) -> R
     thread.touched = saved.registers != original;
     thread.saved = Some(saved);
     Ok(())
+}
+
+/// Whether a call that returned EINTR is one that a stop alone makes do so.
+fn is_wait(tid: i32, registers: &Registers) -> bool {
+    let is_socket = |fd: u32| {
+        let link = std::fs::read_link(format!("/proc/{tid}/fd/{fd}")).unwrap_or_default();
+        link.to_string_lossy().starts_with("socket:")
+    };
+    timeout_of_uninterruptible_wait(registers).is_some()
+        || may_wait_on_socket(registers)
+        || may_wait_on_file(registers).is_some_and(is_socket)
 }
 
 /// True if a handler is about to run for a pending signal: then EINTR is right.

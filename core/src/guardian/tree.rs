@@ -277,10 +277,16 @@ impl Tree {
             let process = self.process_mut(pid)?;
             let tid = process.main(pid)?;
             super::collect::capture(pid, process, &mut scratch)?;
-            if let Some(saved) = process.threads.get(&tid).and_then(|thread| thread.saved.as_ref())
-                && !saved.registers.is_64_bit()
-            {
-                return Err(InjectError::Not64Bit { pid, name: who::name(tid) }.into());
+            for (&tid, thread) in &process.threads {
+                let (Some(saved), Tracee::Stopped(stopped)) = (&thread.saved, &thread.tracee) else {
+                    continue;
+                };
+                if !saved.registers.is_64_bit() {
+                    return Err(InjectError::Not64Bit { pid, name: who::name(tid) }.into());
+                }
+                if process.space.is_none() && stopped.has_user_dispatch() {
+                    return Err(InjectError::UserDispatch { pid, name: who::name(tid) }.into());
+                }
             }
             if process.space.is_none() {
                 let mut space = Space::open(pid, tid)?;

@@ -53,6 +53,16 @@ pub enum InjectError {
         /// Its name.
         name: String,
     },
+    /// Its system calls are dispatched to itself.
+    #[error(
+        "task {pid} ({name}) has its system calls dispatched to a handler (PR_SET_SYSCALL_USER_DISPATCH), which is not supported"
+    )]
+    UserDispatch {
+        /// The process.
+        pid: i32,
+        /// Its name.
+        name: String,
+    },
     /// A 32-bit task.
     #[error("task {pid} ({name}) runs 32-bit code, which is not supported")]
     Not64Bit {

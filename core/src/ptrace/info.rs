@@ -166,6 +166,17 @@ impl Stopped {
         }
     }
 
+    /// Whether prctl(PR_SET_SYSCALL_USER_DISPATCH) is on: the thread gets SIGSYS for system calls, those of injected code too.
+    pub fn has_user_dispatch(&self) -> bool {
+        const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
+        // struct ptrace_sud_config: mode, selector, offset, length.
+        let mut config = [0u64; 4];
+        let (size, data) = (size_of_val(&config), config.as_mut_ptr() as usize);
+        // SAFETY: the kernel writes at most `size` bytes. One that does not know the request has no such thing either.
+        let result = unsafe { raw::ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, self.id.tid, size, data) };
+        result.is_ok() && config[0] != 0
+    }
+
     /// Address and length of the robust futex list head (get_robust_list(2)).
     pub fn robust_list(&self) -> Result<(u64, u64), Error> {
         let (mut head, mut len) = (0u64, 0u64);

@@ -62,11 +62,29 @@ fn tasks(plans: &Plans) -> Result<()> {
         if memory.insert(task.mm, task.pid).is_some() {
             return refuse("memory shared with another process (CLONE_VM)");
         }
+        if task.fs != 0 && !forked_by_sharer(plans, task) {
+            return refuse("root and cwd shared with a process that cannot fork it (CLONE_FS)");
+        }
         if task.threads.is_empty() {
             return refuse("a process without threads");
         }
     }
     Ok(())
+}
+
+/// Whether a process that shares its directories is forked by another that has them, or is the first of all those.
+fn forked_by_sharer(plans: &Plans, task: &Task) -> bool {
+    let shares = |other: &Task| other.fs == task.fs && other.pid != task.pid && !other.zombie;
+    let Some(node) = plans.tree.find(task.pid) else { return false };
+    let creator = plans.tree.nodes[node].creator.and_then(|creator| plans.task(creator));
+    if creator.is_some_and(shares) {
+        return true;
+    }
+    let above = |other: &Task| {
+        let up = |task: &Task| plans.image.task(task.ppid);
+        std::iter::successors(plans.image.task(other.ppid), |task| up(task)).any(|up| up.pid == task.pid)
+    };
+    plans.image.tasks.iter().filter(|other| shares(other)).all(above)
 }
 
 /// A session of which the leader is outside the tree is replaced by that of stasis, if the user wants that.

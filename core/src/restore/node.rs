@@ -112,7 +112,10 @@ impl<'a> Life<'a> {
         let pid = world.plans.tree.nodes[child].pid;
         let record = world.plans.task(child);
         let exit_signal = record.map_or(libc::SIGCHLD, |task| task.exit_signal);
-        match fork_as(world, exit_signal, pid) {
+        let own = world.plans.task(self.node);
+        let shares = own.zip(record).is_some_and(|(own, child)| own.fs != 0 && own.fs == child.fs);
+        let flags = if shares { libc::CLONE_FS as u64 } else { 0 };
+        match fork_as(world, flags, exit_signal, pid) {
             Ok(0) => {
                 // What a leader created early is for the leader.
                 let closed = sys::close_range(world.parking, u32::MAX);
@@ -323,15 +326,18 @@ impl<'a> Life<'a> {
             ("coredump_filter", inherited.coredump_filter as i32, format!("{:#x}", task.coredump_filter)),
         ];
         let wanted = [task.oom_score_adj, task.coredump_filter as i32];
-        for ((file, present, text), wanted) in settings.into_iter().zip(wanted) {
-            if present != wanted {
-                std::fs::write(format!("/proc/self/{file}"), &text).map_err(|source| RestoreError::Task {
-                    pid: task.pid,
-                    name: task_name(task),
-                    operation: format!("set {file} to {text}"),
-                    source,
-                })?;
-            }
+        let set = settings.into_iter().zip(wanted).filter(|((_, present, _), wanted)| present != wanted);
+        let mut set: Vec<(&str, String)> = set.map(|((file, _, text), _)| (file, text)).collect();
+        if let Some(login) = task.login_uid.filter(|_| task.login_uid != inherited.login_uid) {
+            set.push(("loginuid", login.to_string()));
+        }
+        for (file, text) in set {
+            std::fs::write(format!("/proc/self/{file}"), &text).map_err(|source| RestoreError::Task {
+                pid: task.pid,
+                name: task_name(task),
+                operation: format!("set {file} to {text}"),
+                source,
+            })?;
         }
         Ok(())
     }
@@ -433,9 +439,9 @@ impl<'a> Life<'a> {
 }
 
 /// Forks a task, or a helper with any pid that the image does not use.
-fn fork_as(world: &World, exit_signal: i32, pid: i32) -> io::Result<i32> {
+fn fork_as(world: &World, flags: u64, exit_signal: i32, pid: i32) -> io::Result<i32> {
     if pid != 0 {
-        return sys::fork(0, exit_signal, pid);
+        return sys::fork(flags, exit_signal, pid);
     }
     let used = |pid: i32| {
         world.plans.tree.find(pid).is_some()

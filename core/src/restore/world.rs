@@ -137,6 +137,8 @@ pub struct Inherited {
     pub oom_score_adj: i32,
     /// proc_pid_coredump_filter(5).
     pub coredump_filter: u32,
+    /// proc_pid_loginuid(5), where the kernel has it.
+    pub login_uid: Option<u32>,
 }
 
 impl Inherited {
@@ -148,7 +150,8 @@ impl Inherited {
         // The kernel writes numbers; what is none differs from any setting, and so is set.
         let oom_score_adj = read("oom_score_adj")?.trim().parse().unwrap_or(i32::MIN);
         let coredump_filter = u32::from_str_radix(read("coredump_filter")?.trim(), 16).unwrap_or(u32::MAX);
-        Ok(Self { oom_score_adj, coredump_filter })
+        let login_uid = read("loginuid").ok().and_then(|text| text.trim().parse().ok());
+        Ok(Self { oom_score_adj, coredump_filter, login_uid })
     }
 }
 

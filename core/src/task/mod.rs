@@ -80,13 +80,15 @@ impl TaskPaths {
     }
 }
 
-/// The record of a process that is not dead. `id` numbers its memory map and descriptor table.
+/// The record of a process that is not dead. `id` numbers its memory map and descriptor table, `fs` those with whom it shares its
+/// directories.
 pub fn describe(
     process: &Process,
     context: &ProcessContext,
     namespaces: &NamespaceMap,
     paths: &TaskPaths,
     id: u32,
+    fs: u32,
 ) -> Result<records::Task, TaskError> {
     refuse_unsupported(process)?;
     let proc = &process.proc;
@@ -125,6 +127,8 @@ pub fn describe(
             .map(|(kind, id)| records::Namespace { kind: kind.into(), id })
             .collect(),
         threads,
+        fs,
+        login_uid: process.proc.read_text("loginuid").ok().and_then(|text| text.trim().parse().ok()),
         oom_score_adj: number(proc, "oom_score_adj")? as i32,
         child_subreaper: context.child_subreaper,
         dumpable: context.dumpable,
@@ -172,9 +176,25 @@ fn refuse_unsupported(process: &Process) -> Result<(), TaskError> {
         name: process.name.clone(),
         what: what.into(),
     };
-    // A 32-bit task is told by the segment of its code; /proc has no word for it.
-    if hexadecimal(&process.proc, "personality")? & 0xff == 8 {
-        return Err(refuse("is a 32-bit Linux program"));
+    // Linear address masking (arch/x86, since Linux 6.4): bits of pointers that the CPU ignores.
+    if process.status.text("untag_mask").is_ok_and(|mask| mask != "0xffffffffffffffff") {
+        return Err(refuse("has the CPU ignore bits of its pointers (ARCH_ENABLE_TAGGED_ADDR)"));
+    }
+    for &(tid, _) in &process.threads {
+        if scheduling::has_core_cookie(tid) {
+            return Err(refuse("has a core scheduling cookie (PR_SCHED_CORE)"));
+        }
+    }
+    // Labels of a security module, which restored tasks would have from us.
+    for label in ["current", "exec", "fscreate", "keycreate", "sockcreate"] {
+        let file = format!("attr/{label}");
+        // Read only if a module is there to give them.
+        let read = |proc: &ProcDir| proc.read(&file).unwrap_or_default();
+        let found = read(&process.proc);
+        if !found.is_empty() && found != read(&ProcDir::open_self()?) {
+            let label = String::from_utf8_lossy(&found).trim_end_matches(['\0', '\n']).to_owned();
+            return Err(refuse(&format!("has the security label {label} ({file}), which stasis has not")));
+        }
     }
     Ok(())
 }

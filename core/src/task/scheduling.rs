@@ -43,6 +43,18 @@ struct Attributes {
     utilization_max: u32,
 }
 
+/// Whether a thread has a core scheduling cookie (Documentation/admin-guide/hw-vuln/core-scheduling.rst).
+pub fn has_core_cookie(tid: i32) -> bool {
+    const PR_SCHED_CORE: i32 = 62;
+    const PR_SCHED_CORE_GET: u64 = 0;
+    const OF_THREAD: u64 = 0;
+    let mut cookie = 0u64;
+    // SAFETY: the kernel writes one word; where it has no such cookies it fails.
+    let result =
+        unsafe { libc::prctl(PR_SCHED_CORE, PR_SCHED_CORE_GET, tid as u64, OF_THREAD, &raw mut cookie) };
+    result == 0 && cookie != 0
+}
+
 /// Asks the kernel about thread `tid`.
 pub fn read(tid: i32) -> Result<Scheduling, TaskError> {
     let failed = |call| move || TaskError::Call { call, tid, errno: Errno::last() };

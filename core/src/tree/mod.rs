@@ -4,7 +4,7 @@ mod namespaces;
 mod sharing;
 
 pub use namespaces::{ForeignNamespace, IdTranslation, NamespaceMap};
-pub use sharing::refuse_unsupported_sharing;
+pub use sharing::{FsGroups, sharing};
 
 use crate::proc::{
     ProcDir, ProcError,

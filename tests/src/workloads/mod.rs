@@ -100,6 +100,8 @@ workloads! {
     tree_blocked: "tasks blocked in wait, read and write";
     tree_fork_storm: "processes that fork all the time", unsteady;
     tree_300: "300 children", heavy;
+    tree_shared_fs: "processes that share cwd and umask";
+    wait_socket_timeout: "waits on sockets that have a timeout";
     fs_identity: "working directory, umask, personality and name";
     fs_chroot: "a root directory of its own", host;
     files_offsets: "offsets of regular files, shared by dup and by fork";
