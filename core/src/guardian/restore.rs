@@ -172,6 +172,9 @@ impl Nursery {
     ) -> Result<(), GuardianError> {
         let Some(&(first, _)) = threads.first() else { return Ok(()) };
         let pid = self.task(first)?.tracee.id().pid;
+        if !threads.iter().any(|&(tid, _)| tid == pid) {
+            leader_exits(pid, waiter)?;
+        }
         let space = Space::open(pid, first)?;
         let mut armed = HashMap::new();
         for (index, &(tid, thread)) in threads.iter().enumerate() {
@@ -353,6 +356,19 @@ impl Adopted {
         };
         self.tracee.resume(|stopped| stopped.cont(signal));
     }
+}
+
+/// Waits until the first thread has exited, which runs the restorer's code until then. Nothing tells its tracer as long as others
+/// live.
+fn leader_exits(pid: i32, waiter: &mut Waiter) -> Result<(), GuardianError> {
+    let deadline = Instant::now() + STEP_TIME;
+    while who::Stat::read(pid).is_some_and(|stat| !stat.is_zombie()) {
+        if Instant::now() > deadline {
+            return Err(InjectError::Late { pid, tid: pid, name: who::name(pid) }.into());
+        }
+        waiter.wait(Instant::now() + Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// Whether a SIGTRAP is that of an int3.
