@@ -10,7 +10,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, wait, waitpid};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::unistd::{ForkResult, Pid, fork, setsid};
 
 /// The argument with which a test executable enters the sandbox: `EXE --in-sandbox TEST`.
 pub const ENTER: &str = "--in-sandbox";
@@ -50,6 +50,12 @@ pub fn enter(body: impl FnOnce() -> i32) -> ! {
 }
 
 fn enter_or_fail(body: impl FnOnce() -> i32) -> io::Result<i32> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // Trees under test may keep every processor busy: harness and tool shall get their turn all the same. Weights are per
+    // session (sched(7), "The autogroup feature"), so this is one of its own; who leads a group already does without.
+    if setsid().is_ok() {
+        let _ = std::fs::write("/proc/self/autogroup", "-10");
+    }
     unshare(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
     // SAFETY: one thread.
     match unsafe { fork() }? {

@@ -13,6 +13,7 @@ use crate::{
     proc::{ProcDir, mappings::Mapping},
     tree::{Process, Tree},
 };
+use nix::errno::Errno;
 use stasis_plugin_api::{ErrorKind, VmaInfo};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -121,14 +122,15 @@ fn path_backed(
     tree: &Tree,
     handle: &Handle,
     names: &mut Names,
+    open: impl FnOnce() -> Result<OwnedFd, Errno>,
 ) -> Result<Result<PathRef, (String, String)>, DumpError> {
     let facts = &handle.facts;
     let (pid, number) = handle.subject();
     let file = format!("fd/{number}");
     let (link, stat) = (&facts.link, &facts.stat);
     let reads = facts.status_flags & (libc::O_ACCMODE | libc::O_PATH) as u32 == libc::O_RDONLY as u32;
-    let mut refer = |proc: &ProcDir| match reads {
-        true => names.refer_read(proc, &file, link, stat),
+    let refer = |proc: &ProcDir| match reads {
+        true => names.refer_read(proc, &file, link, stat, open),
         false => names.refer(proc, &file, link, stat),
     };
     let found = match tree.processes.iter().find(|process| process.host_pid == pid) {
@@ -193,7 +195,7 @@ fn descriptor(
     let facts = HandleFacts::new(&info, &magic, &socket);
     let Some(kind) = context.registry.descriptor_for(&facts) else {
         let (what, remedy) = if is_path_backed(handle) {
-            match path_backed(&inventory.tree, handle, names)? {
+            match path_backed(&inventory.tree, handle, names, || inventory.open_handle(id))? {
                 Ok(path) => {
                     drop(inventory);
                     let mut inventory = context.inventory.borrow_mut();

@@ -2,11 +2,22 @@
 //! another machine. Inode numbers and times do not.
 
 use crate::image::records::PathRef;
+use nix::{
+    sys::{
+        mman::{MapFlags, ProtFlags, mmap, munmap},
+        uio::{RemoteIoVec, process_vm_readv},
+    },
+    unistd::Pid,
+};
 use object::{Object, ReadCache};
 use std::{
     fs::{File, Metadata},
-    io,
-    os::unix::fs::{FileExt, MetadataExt},
+    io::{self, IoSliceMut},
+    num::NonZeroUsize,
+    os::{
+        fd::BorrowedFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
 };
 
 /// How a file differs from what it was.
@@ -50,6 +61,24 @@ pub fn head(file: &File, size: u64) -> io::Result<u32> {
     let mut bytes = vec![0; size.min(HEAD) as usize];
     file.read_exact_at(&mut bytes, 0)?;
     Ok(crc32fast::hash(&bytes))
+}
+
+/// As [`head`], of a descriptor of the tree: mapped, for opening or reading it would be an event for those who watch it
+/// (inotify(7)). Copied by the kernel, so that a file that is cut off meanwhile is an error and no SIGBUS.
+pub fn head_unnoticed(fd: BorrowedFd<'_>, size: u64) -> io::Result<u32> {
+    let mut bytes = vec![0; size.min(HEAD) as usize];
+    let Some(length) = NonZeroUsize::new(bytes.len()) else { return Ok(crc32fast::hash(&bytes)) };
+    // SAFETY: a new mapping at a place of the kernel's choice, to which no reference is made.
+    let base = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE, fd, 0) }?;
+    let remote = RemoteIoVec { base: base.as_ptr() as usize, len: length.get() };
+    let copied = process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut bytes)], &[remote]);
+    // SAFETY: the mapping made above, which nothing refers to.
+    unsafe { munmap(base, length.get()) }?;
+    if copied? == length.get() {
+        Ok(crc32fast::hash(&bytes))
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
 }
 
 /// What differs; `open` is asked for the file only if its contents or its build id are known.
@@ -105,6 +134,18 @@ mod tests {
 
     fn of(then: &PathRef, path: &std::path::Path) -> Option<Difference> {
         difference(then, &fs::metadata(path).unwrap(), || File::open(path)).unwrap()
+    }
+
+    #[test]
+    fn the_head_of_a_mapping_is_that_of_the_file() {
+        use std::{io::Write, os::fd::AsFd};
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 5000]).unwrap();
+        for size in [0, 100, 5000] {
+            assert_eq!(head_unnoticed(file.as_fd(), size).unwrap(), head(&file, size).unwrap());
+        }
+        file.set_len(0).unwrap();
+        assert!(head_unnoticed(file.as_fd(), 5000).is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! alone. Otherwise the file is a *ghost*: its contents go into the image, or, if it has other names, a hard link made
 //! for the image. Everything that refers to a ghost (descriptor, mapping, executable, directory) does so by its number.
 
-use super::identity::{build_id, head};
+use super::identity::{build_id, head_unnoticed};
 use crate::{
     image::records::PathRef,
     proc::{ProcDir, ProcError},
@@ -18,7 +18,10 @@ use nix::{
 use std::{
     collections::{HashMap, HashSet},
     ffi::OsStr,
-    os::unix::ffi::OsStrExt,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -231,20 +234,19 @@ impl Names {
         Ok(path)
     }
 
-    /// As [`refer`](Self::refer), for a description that is only read: with the sum of its first bytes.
+    /// As [`refer`](Self::refer), for a description that is only read: with the sum of its first bytes. `open` gives a duplicate.
     pub fn refer_read(
         &mut self,
         proc: &ProcDir,
         file: &str,
         link: &[u8],
         stat: &FileStat,
+        open: impl FnOnce() -> Result<OwnedFd, Errno>,
     ) -> Result<PathRef, Refusal> {
         let mut path = self.refer(proc, file, link, stat)?;
         let regular = stat.st_mode & libc::S_IFMT == libc::S_IFREG && stat.st_size > 0;
         if regular && path.ghost == 0 && path.process == 0 {
-            // It is open for reading, so nobody has a lease that this could break.
-            let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOATIME;
-            let read = || head(&proc.open_file(file, flags).ok()?, path.size).ok();
+            let read = || head_unnoticed(open().ok()?.as_fd(), path.size).ok();
             path.head = *self.heads.entry((stat.st_dev, stat.st_ino)).or_insert_with(read);
         }
         Ok(path)

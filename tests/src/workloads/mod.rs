@@ -20,12 +20,14 @@ pub struct Workload {
     pub anywhere: bool,
     /// Only for the fault tests.
     pub apart: bool,
+    /// Needs somebody outside, whom its own test starts.
+    pub guest: bool,
     /// Flags that a dump of it needs.
     pub flags: &'static [&'static str],
     run: fn(&Ctl) -> Outcome,
 }
 
-/// Declares the modules and the table of workloads: `name: "about" [, heavy] [, unsteady] [, host] [, flags("--x")]`.
+/// Declares the modules and the table of workloads: `name: "about" [, heavy] [, unsteady] [, host] [, apart] [, guest] [, flags("--x")]`.
 macro_rules! workloads {
     ($($name:ident: $about:literal $(, $mark:ident $(($($flag:literal),*))?)*;)*) => {
         $(pub mod $name;)*
@@ -40,6 +42,7 @@ macro_rules! workloads {
                 steady: true,
                 anywhere: true,
                 apart: false,
+                guest: false,
                 flags: &[],
                 run: $name::run,
             };
@@ -50,6 +53,7 @@ macro_rules! workloads {
     (@mark $workload:ident heavy) => { $workload.heavy = true };
     (@mark $workload:ident unsteady) => { $workload.steady = false };
     (@mark $workload:ident apart) => { $workload.apart = true };
+    (@mark $workload:ident guest) => { ($workload.apart, $workload.guest) = (true, true) };
     (@mark $workload:ident flags ($($flag:literal),*)) => { $workload.flags = &[$($flag),*] };
     (@mark $workload:ident host) => { $workload.anywhere = false };
 }
@@ -156,7 +160,7 @@ workloads! {
     unix_waiting: "connections that are not accepted yet";
     unix_waiting_data: "connections that are not accepted yet, with data";
     unix_dead_creator: "sockets whose creator has ended";
-    unix_outside: "peers outside the tree", apart;
+    unix_outside: "peers outside the tree", guest;
     pty_shell: "a shell that leads a session, with a background job and /dev/tty";
     pty_data: "terminals with data in both directions, a half-typed line among them";
     pty_settings: "termios, window size, packet mode, locks and owners of terminals";
