@@ -49,7 +49,9 @@ extern "C" fn leader(arguments: &'static Arguments, arm: u64) -> ! {
         // SAFETY: exit(2) ends this thread and touches no memory.
         Ok(()) if arm == 0 && arguments.leader_exits != 0 => unsafe {
             call(nr::EXIT, [u64::from(arguments.leader_status >> 8)]);
-            loop {}
+            loop {
+                core::hint::spin_loop();
+            }
         },
         Ok(()) => arrive(),
         Err(failure) => fail(arguments, tid, &failure),

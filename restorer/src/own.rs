@@ -97,7 +97,8 @@ fn scheduling(thread: &Thread) -> Outcome {
     if wanted.utilization != now.utilization {
         wanted.flags |= SCHED_FLAG_UTIL_CLAMP;
     }
-    let what = if now.policy == wanted.policy && now.nice != wanted.nice { Step::Nice } else { Step::Scheduling };
+    let what =
+        if now.policy == wanted.policy && now.nice != wanted.nice { Step::Nice } else { Step::Scheduling };
     // SAFETY: the kernel reads one struct sched_attr.
     unsafe { step(what, 0, nr::SCHED_SETATTR, [0, &raw const wanted as u64, 0])? };
     Ok(())
