@@ -64,7 +64,7 @@ pub fn head(file: &File, size: u64) -> io::Result<u32> {
 }
 
 /// As [`head`], of a descriptor of the tree: mapped, for opening or reading it would be an event for those who watch it
-/// (inotify(7)). Copied by the kernel, so that a file that is cut off meanwhile is an error and no SIGBUS.
+/// (fsnotify, fs/notify/fsnotify.c). Copied by the kernel, so that a file that is cut off meanwhile is an error and no SIGBUS.
 pub fn head_unnoticed(fd: BorrowedFd<'_>, size: u64) -> io::Result<u32> {
     let mut bytes = vec![0; size.min(HEAD) as usize];
     let Some(length) = NonZeroUsize::new(bytes.len()) else { return Ok(crc32fast::hash(&bytes)) };

@@ -59,15 +59,23 @@ fn fdinfo_is_read() {
     assert!(dump::parse(&text.replace("(1, 5)", "1 5")).unwrap_err().to_string().contains("it_value"));
 }
 
+/// A machine that stands still for a moment spoils a measurement, but not every time.
+fn once_of_ten(mut holds: impl FnMut() -> bool, what: &str) {
+    assert!((0..10).any(|_| holds()), "{what}");
+}
+
 #[test]
 fn remaining_time_stands_still_in_the_image() {
     for clock in CLOCKS {
-        let timer = kernel::create(clock).unwrap();
-        kernel::set(&timer, 0, Setting { value: 500 * MS, interval: 70 * MS }).unwrap();
-        let journey = Journey::of(timer, Duration::from_millis(60));
-        let (before, after) = (journey.record(), journey.state());
-        assert!(before.remaining - after.remaining < 50 * MS, "clock {clock}: {before:?} {after:?}");
-        assert_eq!(Timer { remaining: 0, ..before }, Timer { remaining: 0, ..after });
+        let stands_still = || {
+            let timer = kernel::create(clock).unwrap();
+            kernel::set(&timer, 0, Setting { value: 500 * MS, interval: 70 * MS }).unwrap();
+            let journey = Journey::of(timer, Duration::from_millis(60));
+            let (before, after) = (journey.record(), journey.state());
+            assert_eq!(Timer { remaining: 0, ..before }, Timer { remaining: 0, ..after });
+            before.remaining - after.remaining < 50 * MS
+        };
+        once_of_ten(stands_still, &format!("clock {clock}: time went on in the image"));
     }
 }
 
@@ -77,16 +85,23 @@ fn absolute_timers_stay_absolute_and_the_wall_clock_goes_on() {
     for clock in CLOCKS {
         let wall = matches!(clock, libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM);
         let flags = if wall { absolute | libc::TFD_TIMER_CANCEL_ON_SET as u32 } else { absolute };
-        let timer = kernel::create(clock).unwrap();
-        let end = kernel::now(clock).unwrap() + 400 * MS;
-        kernel::set(&timer, flags, Setting { value: end, interval: 0 }).unwrap();
-        let journey = Journey::of(timer, Duration::from_millis(100));
-        let left = kernel::get(&journey.timer()).unwrap().value;
+        let left_of_400 = || {
+            let timer = kernel::create(clock).unwrap();
+            let end = kernel::now(clock).unwrap() + 400 * MS;
+            kernel::set(&timer, flags, Setting { value: end, interval: 0 }).unwrap();
+            let journey = Journey::of(timer, Duration::from_millis(100));
+            assert_eq!(journey.state().settime_flags, flags);
+            kernel::get(&journey.timer()).unwrap().value
+        };
         match wall {
-            true => assert!(left < 310 * MS, "clock {clock}: {left}"),
-            false => assert!(left > 320 * MS, "clock {clock}: {left}"),
+            true => assert!(left_of_400() <= 300 * MS, "clock {clock}: the wall clock stood still"),
+            false => {
+                once_of_ten(
+                    || left_of_400() > 320 * MS,
+                    &format!("clock {clock}: time went on in the image"),
+                );
+            }
         }
-        assert_eq!(journey.state().settime_flags, flags);
     }
 }
 
