@@ -41,7 +41,15 @@ const FILTERS: [LevelFilter; 6] = [
     LevelFilter::TRACE,
 ];
 
-struct Forward(LogSink);
+/// Hands all events to a sink, each as one line of text.
+pub struct Forward(LogSink);
+
+impl Forward {
+    /// One for `sink`.
+    pub fn new(sink: LogSink) -> Self {
+        Self(sink)
+    }
+}
 
 #[derive(Default)]
 struct Text {

@@ -33,7 +33,10 @@ struct Cli {
 #[derive(Debug, Args, Clone)]
 pub struct CommonArgs {
     /// Verbosity of the log: -v for 1, -v4 for everything
-    #[arg(short, long, global = true, num_args = 0..=1, default_missing_value = "3", value_name = "N")]
+    #[arg(
+        short, long, global = true, num_args = 0..=1, default_missing_value = "3", value_name = "N",
+        overrides_with = "verbosity"
+    )]
     verbosity: Option<u8>,
     /// Write the log to this file (relative to the work directory) instead of stderr
     #[arg(short = 'o', long, global = true, value_name = "FILE")]

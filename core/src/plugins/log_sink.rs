@@ -8,9 +8,12 @@ use tracing_log::AsTrace;
 
 /// The sink that is given to a plugin right after loading; of the level that is in force then.
 pub(super) fn sink() -> LogSink {
-    let max_level =
-        tracing::level_filters::LevelFilter::current().into_level().map_or(0, |level| level_number(&level));
-    LogSink { max_level, enabled, emit }
+    LogSink { max_level: max_level(), enabled, emit }
+}
+
+/// The level in force, as [`LogSink`] numbers it.
+pub fn max_level() -> u8 {
+    tracing::level_filters::LevelFilter::current().into_level().map_or(0, |level| level_number(&level))
 }
 
 const LEVELS: [log::Level; 6] = [
@@ -31,7 +34,8 @@ extern "C" fn enabled(number: u8, target: RStr<'_>) -> bool {
     tracing::dispatcher::get_default(|dispatch| dispatch.enabled(&metadata.as_trace()))
 }
 
-extern "C" fn emit(number: u8, target: RStr<'_>, message: RStr<'_>) {
+/// Puts a message into the log.
+pub extern "C" fn emit(number: u8, target: RStr<'_>, message: RStr<'_>) {
     // The only error is that no subscriber is set, and then there is nobody to tell.
     let _ = tracing_log::format_trace(
         &log::Record::builder()

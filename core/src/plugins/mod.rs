@@ -7,7 +7,7 @@
 mod call;
 mod error;
 mod loader;
-mod log_sink;
+pub mod log_sink;
 mod options;
 mod registry;
 mod selectors;

@@ -176,6 +176,7 @@ fn attempt(options: &RestoreOptions, watch: &'static HookWatch) -> Result<Attemp
     let ended = supervise_serving(&supervision, command, Some((ours.as_fd(), &mut serve)));
     // Messages that came with the end.
     while more(&ours) && serve() {}
+    shared.news().log();
     // It ends when it has cleared away what is not to stay.
     reap(guardian_pid);
     let Seen { root, last } = seen.into_inner();

@@ -108,7 +108,7 @@ impl HostAbi for RestoreHost<'_> {
         self.plans.registry.option(self.plugin, name.as_str()).map(RString::from).into()
     }
     fn warn(&self, message: RStr<'_>) {
-        tracing::warn!(plugin = self.plugin, task = self.pid, "{message}");
+        tracing::warn!(plugin = self.plugin, "{message}");
     }
     fn progress(&self, done: u64, total: u64) {
         tracing::debug!(plugin = self.plugin, done, total, "progress");

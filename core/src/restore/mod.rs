@@ -24,6 +24,7 @@ mod host;
 mod locks;
 mod mapped;
 pub mod memory;
+mod news;
 mod node;
 mod options;
 pub mod paths;

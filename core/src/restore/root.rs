@@ -8,6 +8,7 @@ use super::{
     ghosts::Ghosts,
     host::RestoreHost,
     memory::TaskMemory,
+    news,
     node::{Life, leave},
     shared::Shared,
     sys,
@@ -72,8 +73,7 @@ fn prepare(setup: RootSetup<'_>) -> Result<&'static World> {
         let failure = super::error::Failure { message, pid: 0, errno: 0, status: 1 };
         shared.fail(&serde_json::to_string(&failure).unwrap_or_default());
     }));
-    let silent = tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::default());
-    std::mem::forget(silent);
+    news::divert(shared.news());
     let mut plans = Plans::new(options)?;
     raise_descriptor_limit()?;
     let first = plans.descriptors.service.first;

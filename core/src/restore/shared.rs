@@ -1,7 +1,7 @@
 //! What the command and all restored tasks share: a stage that is complete when everybody has arrived, and the first
 //! failure. Mapped by the first process before it forks; the pages exist once they are touched.
 
-use super::{blob::proto::Status, sys};
+use super::{blob::proto::Status, news::News, sys};
 use std::{
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
@@ -23,6 +23,7 @@ struct Area {
     length: AtomicU32,
     text: [u8; TEXT],
     slots: [Slot; SLOTS],
+    news: News,
 }
 
 /// Largest number of processes of a plan.
@@ -110,6 +111,13 @@ impl Shared {
         // SAFETY: as in `area`; the mapping is never unmapped, so it lives as long as the process.
         let area: &'static Area = unsafe { &*self.area.as_ptr() };
         &area.names
+    }
+
+    /// What tasks have to say.
+    pub fn news(&self) -> &'static News {
+        // SAFETY: as in `names`.
+        let area: &'static Area = unsafe { &*self.area.as_ptr() };
+        &area.news
     }
 
     /// What node `number` of the tree plan tells.

@@ -16,7 +16,7 @@ mod records {
 use records::stasis::fault::v1::Quiet;
 
 /// Does what the environment asks for in this hook.
-fn misbehave(hook: &str) -> Result<()> {
+fn misbehave(host: &Host<'_>, hook: &str) -> Result<()> {
     let Ok(wish) = std::env::var("STASIS_FAULT") else { return Ok(()) };
     let Some((_, action)) = wish.split_once(':').filter(|(at, _)| *at == hook) else { return Ok(()) };
     match action {
@@ -28,6 +28,11 @@ fn misbehave(hook: &str) -> Result<()> {
             // Not raise(3): Rust's own handler, there for guard pages, swallows the first one that is no fault.
             // SAFETY: a write to an unmapped address, which ends this process, as was asked for.
             unsafe { std::arch::asm!("mov byte ptr [{}], 0", in(reg) 8usize) };
+            Ok(())
+        }
+        "say" => {
+            host.warn(&format!("a warning on request in {hook}"));
+            tracing::info!("an event on request in {hook}");
             Ok(())
         }
         "hang" => loop {
@@ -47,8 +52,8 @@ impl Descriptor for Watched {
         vec![Selector::AnonInode("[fscontext]".into())]
     }
 
-    fn describe(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
-        misbehave("describe")?;
+    fn describe(&self, host: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
+        misbehave(host, "describe")?;
         Ok(Described {
             identity: handle.id.to_string().into(),
             description: "fscontext".into(),
@@ -56,17 +61,17 @@ impl Descriptor for Watched {
         })
     }
 
-    fn dump(&self, _: &Host<'_>, _: &ObjectInfo) -> Result<Dumped<Quiet>> {
-        misbehave("dump")?;
+    fn dump(&self, host: &Host<'_>, _: &ObjectInfo) -> Result<Dumped<Quiet>> {
+        misbehave(host, "dump")?;
         Ok(Dumped::new(Quiet { flags: 0 }))
     }
 
-    fn commit(&self, _: &Host<'_>, _: &ObjectInfo) -> Result<()> {
-        misbehave("commit")
+    fn commit(&self, host: &Host<'_>, _: &ObjectInfo) -> Result<()> {
+        misbehave(host, "commit")
     }
 
-    fn create(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<Vec<OwnedFd>> {
-        misbehave("create")?;
+    fn create(&self, host: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<Vec<OwnedFd>> {
+        misbehave(host, "create")?;
         // SAFETY: a name that ends with NUL.
         let fd = unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), 0) };
         if fd < 0 {
@@ -76,12 +81,12 @@ impl Descriptor for Watched {
         Ok(vec![unsafe { OwnedFd::from_raw_fd(fd as i32) }])
     }
 
-    fn link(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<()> {
-        misbehave("link")
+    fn link(&self, host: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<()> {
+        misbehave(host, "link")
     }
 
-    fn settle(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<()> {
-        misbehave("settle")
+    fn settle(&self, host: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<()> {
+        misbehave(host, "settle")
     }
 }
 
@@ -90,8 +95,8 @@ struct Events;
 impl Lifecycle for Events {
     const KIND: &'static str = "fault-events";
 
-    fn event(&self, _: &Host<'_>, event: Event) -> Result<()> {
-        misbehave(&format!("{event:?}"))
+    fn event(&self, host: &Host<'_>, event: Event) -> Result<()> {
+        misbehave(host, &format!("{event:?}"))
     }
 }
 

@@ -29,6 +29,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("plugin::no_plugin", no_plugin),
         Test::new("plugin::other_major_version", |test| bad_file(test, other_major)),
         Test::new("plugin::claims_twice", claims_twice),
+        Test::new("plugin::says", says),
     ];
     for (action, words) in ACTIONS {
         tests.push(Test::new(format!("plugin::{action}_in_dump"), move |test| in_dump(test, action, words)));
@@ -130,6 +131,30 @@ fn claims_twice(test: &str) -> Result<(), Failure> {
     fs::write(plugins.join("libstasis_plugin_twin.so"), &good).doing("writing the twin")?;
     refused(&with_plugin(&case, "dump", &plugins, "")?, &["fault"])?;
     case.unharmed()?;
+    case.finish()
+}
+
+/// What a hook says reaches the log, wherever it runs: in the command or in a task that is being restored.
+fn says(test: &str) -> Result<(), Failure> {
+    let case = Case::start(test, "unclaimed")?;
+    let plugins = plugins_with_fault(&case.stage.dir)?;
+    let hear = |what: &str, hook: &str| {
+        succeeded(with_plugin(&case, what, &plugins, &format!("{hook}:say"))?)?;
+        let log =
+            fs::read_to_string(case.stage.dir.join(format!("img.{what}.log"))).doing("reading the log")?;
+        for words in [format!("a warning on request in {hook}"), format!("an event on request in {hook}")] {
+            if !log.contains(&words) {
+                let why = format!("{what} does not say {words:?}:\n{log}");
+                return Err(Failure::Changed("the log", why));
+            }
+        }
+        Ok(())
+    };
+    for (i, hook) in RESTORE_HOOKS.into_iter().enumerate() {
+        hear("dump", DUMP_HOOKS[i % DUMP_HOOKS.len()])?;
+        hear("restore", hook)?;
+        fs::remove_dir_all(case.stage.dir.join("img")).doing("removing the image")?;
+    }
     case.finish()
 }
 

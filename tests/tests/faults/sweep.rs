@@ -63,12 +63,26 @@ fn interrupt(
     let began = Instant::now();
     while child.try_wait().doing("waiting for the command")?.is_none() {
         if began.elapsed() > Duration::from_secs(20) {
+            let why = format!("the command ignores {signal}: {}", whereabouts());
             let _ = killpg(pid, Signal::SIGKILL);
-            return Err(Failure::Changed("the signal", format!("the command ignores {signal}")));
+            return Err(Failure::Changed("the signal", why));
         }
         std::thread::sleep(Duration::from_micros(500));
     }
     Ok(())
+}
+
+/// What keeps the processes of stasis: state and kernel function of each.
+fn whereabouts() -> String {
+    let read = |pid: i32, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let ours = all_pids().into_iter().filter(|&pid| is_ours(pid));
+    let one = |pid| {
+        let status = read(pid, "status");
+        let state = status.lines().find(|line| line.starts_with("State:")).unwrap_or_default();
+        let stack: Vec<String> = read(pid, "stack").lines().take(8).map(str::to_owned).collect();
+        format!("{pid} {} {state} {}", read(pid, "comm").trim(), stack.join(" "))
+    };
+    ours.map(one).collect::<Vec<_>>().join("; ")
 }
 
 /// Whether the tree is gone, once nobody works on it any more.
