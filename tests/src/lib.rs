@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod ctl;
 pub mod emulator;
+pub mod external;
 pub mod launch;
 pub mod net;
 pub mod sandbox;

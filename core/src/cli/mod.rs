@@ -66,6 +66,9 @@ struct PluginArgs {
     /// Where two plugins claim the same resource, take these
     #[arg(long, global = true, value_name = "A,B", value_delimiter = ',')]
     prefer: Vec<String>,
+    /// As root, load plugins also if others can write to them or to their directory
+    #[arg(long, global = true)]
+    allow_unsafe_plugins: bool,
     /// End the operation when one hook of a plugin takes longer than this many seconds
     #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
     plugin_timeout: u64,
@@ -78,6 +81,7 @@ impl PluginArgs {
             only: self.plugins.clone(),
             without: self.without.clone(),
             prefer: self.prefer.clone(),
+            allow_unsafe: self.allow_unsafe_plugins,
         }
     }
 }

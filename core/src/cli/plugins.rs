@@ -1,19 +1,67 @@
-//! `stasis plugins`: which plugins there are, and who claims what.
+//! `stasis plugins`: which plugins there are, and who claims what; `stasis plugins new`: a new one.
 
-use crate::plugins::{LoadedPlugin, PluginChoice, Registry, describe_selector};
-use clap::Args;
+use super::{ExitStatus, report};
+use crate::plugins::{LoadedPlugin, PluginChoice, Registry, describe_selector, scaffold};
+use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::{
     io::{self, Write},
+    path::PathBuf,
     process::ExitCode,
 };
 
 /// Lists the plugins: versions, files, what they claim, their options
 #[derive(Debug, Args)]
-pub struct PluginsArgs {}
+pub struct PluginsArgs {
+    #[command(subcommand)]
+    command: Option<PluginsCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+enum PluginsCommand {
+    New(NewArgs),
+}
+
+/// Writes a crate for a plugin of your own, with tests, which builds as it is
+#[derive(Debug, Args)]
+struct NewArgs {
+    /// Name of the plugin
+    name: String,
+    /// Directory for it (default: NAME)
+    directory: Option<PathBuf>,
+    /// Directory of the crate stasis-plugin-api to build against (default: the one that this stasis was built with, if it is
+    /// there, else the published one)
+    #[arg(long, value_name = "DIR")]
+    api_path: Option<PathBuf>,
+}
 
 /// Runs it. With `json`, everything is one object on stdout.
-pub fn run(_args: &PluginsArgs, choice: &PluginChoice, json: bool) -> ExitCode {
+pub fn run(args: &PluginsArgs, choice: &PluginChoice, json: bool) -> ExitCode {
+    match &args.command {
+        Some(PluginsCommand::New(args)) => new(args, json),
+        None => list(choice, json),
+    }
+}
+
+fn new(args: &NewArgs, json: bool) -> ExitCode {
+    let directory = args.directory.clone().unwrap_or_else(|| args.name.as_str().into());
+    match scaffold(&args.name, &directory, args.api_path.as_deref()) {
+        Err(error) => ExitCode::from(report::error(json, "plugins new", &error, ExitStatus::Failure as u8)),
+        Ok(()) if json => {
+            println!("{}", json!({ "ok": true, "directory": directory }));
+            ExitCode::SUCCESS
+        }
+        Ok(()) => {
+            let directory = directory.display();
+            println!("{directory} is a plugin. To test it, and to see that it loads:");
+            println!("    cd {directory} && cargo test && cargo build");
+            println!("    stasis plugins --plugin-dir target/debug");
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+fn list(choice: &PluginChoice, json: bool) -> ExitCode {
     let registry = match Registry::load(choice) {
         Ok(registry) => registry,
         Err(error) => {

@@ -1,5 +1,6 @@
 //! What can be wrong with plugins before any of their hooks runs.
 
+use super::Untrusted;
 use std::{fmt, io, path::PathBuf};
 
 /// Why plugins cannot be used.
@@ -21,6 +22,9 @@ pub enum PluginsError {
         /// Why not.
         source: io::Error,
     },
+    /// Others can change what root is to run.
+    #[error("plugins are not loaded as root if others can change them:{}", .0.iter().map(|one| format!("\n  {one}")).collect::<String>())]
+    Untrusted(Vec<Untrusted>),
     /// The file is no shared library that this machine could load.
     #[error("{} is not a stasis plugin: {reason} (remove it, or rebuild it)", path.display())]
     NotAPlugin {

@@ -191,7 +191,7 @@ fn look(path: &Path) -> Result<(), PluginsError> {
 }
 
 /// Our own version of the plugin API.
-fn api_version() -> &'static str {
+pub(super) fn api_version() -> &'static str {
     PluginRef::VERSION_STRINGS.version.as_str()
 }
 

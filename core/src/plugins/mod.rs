@@ -10,7 +10,9 @@ mod loader;
 pub mod log_sink;
 mod options;
 mod registry;
+mod scaffold;
 mod selectors;
+mod trust;
 mod watch;
 
 pub use call::{CallContext, Hook, PluginError};
@@ -21,5 +23,7 @@ pub use loader::{
 };
 pub use options::{DeclaredOption, GivenOption, split_arguments};
 pub use registry::{PluginChoice, Registry, Wanted};
+pub use scaffold::{ScaffoldError, scaffold};
 pub use selectors::{HandleFacts, MappingFacts, describe_selector};
+pub use trust::{Exposure, Untrusted};
 pub use watch::{HookWatch, Running, RunningHook};

@@ -6,6 +6,7 @@ use super::{
     error::{Found, NeededPlugin},
     find_files, load,
     selectors::{Claim, Table},
+    trust,
 };
 use crate::image::records::{Header, PluginOption, PluginUse};
 use stasis_plugin_api::Selector;
@@ -26,6 +27,8 @@ pub struct PluginChoice {
     pub without: Vec<String>,
     /// `--prefer`: these win where two plugins claim the same.
     pub prefer: Vec<String>,
+    /// `--allow-unsafe-plugins`: as root, load also what others can change.
+    pub allow_unsafe: bool,
 }
 
 impl PluginChoice {
@@ -88,6 +91,9 @@ impl Registry {
         files: Vec<PluginFile>,
         wanted: impl Fn(&str) -> bool,
     ) -> Result<Self, PluginsError> {
+        if !choice.allow_unsafe {
+            trust::check(&files)?;
+        }
         let mut registry = Self::default();
         let mut known: BTreeSet<String> = files.iter().filter_map(|file| file.name.clone()).collect();
         for file in files {

@@ -2,7 +2,7 @@
 //!
 //! The *tree* of a [`Kit`] is the test process. [`Kit::hold`] gives it a descriptor, [`Kit::dump`] runs `describe` and
 //! `dump` for all of them, closes them, and [`Kit::restore`] runs `create`, `link` and `settle` and puts the new descriptors
-//! at the old numbers, with their old status flags, as core does. All calls go through the ABI, so records are encoded and
+//! at the old numbers, with their old status flags and positions, as core does. All calls go through the ABI, so records are encoded and
 //! decoded and panics become errors.
 //!
 //! ```ignore
@@ -311,6 +311,10 @@ fn install(fd: OwnedFd, handle: &HandleInfo) -> Result<()> {
     // SAFETY: F_SETFL takes an integer.
     if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) } < 0 {
         return Err(HookError::failed("F_SETFL", io::Error::last_os_error()));
+    }
+    if handle.position != 0 {
+        // SAFETY: lseek takes integers. ESPIPE: a kind that has no position but shows one.
+        unsafe { libc::lseek(fd.as_raw_fd(), handle.position as i64, libc::SEEK_SET) };
     }
     let holders: &RVec<Holder> = &handle.holders;
     holders.iter().try_for_each(|holder| place(std::os::fd::AsFd::as_fd(&fd), holder.fd))

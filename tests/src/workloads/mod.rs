@@ -176,6 +176,7 @@ workloads! {
     mixture: "many behaviours in one tree";
     refused: "descriptors that nobody can keep", apart;
     unclaimed: "descriptors that only the tests' plugin claims", apart;
+    external_file: "a file below /run that only the plugin of `stasis plugins new` brings along", apart;
 }
 
 /// The workload of a name.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use stasis_tests::external::plugin_dir;
 use stasis_tests::launch::Flavour;
 use stasis_tests::scenario::{Doing, Failure, Stage};
 use stasis_tests::snapshot::Snapshot;
@@ -164,21 +165,11 @@ fn mounts() -> String {
 
 /// The plugins of the build and the one that misbehaves, in one directory.
 pub fn plugins_with_fault(dir: &Path) -> Result<PathBuf, Failure> {
-    let plugins = dir.join("plugins");
-    fs::create_dir_all(&plugins).doing("making the plugin directory")?;
-    let target = target_dir().doing("finding the plugins")?;
-    for entry in fs::read_dir(&target).doing("finding the plugins")?.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with("libstasis_plugin_") && name.ends_with(".so") {
-            std::os::unix::fs::symlink(entry.path(), plugins.join(name)).doing("linking a plugin")?;
-        }
-    }
-    let fault = target.join("libstasis_fault_plugin.so");
+    let fault = target_dir().doing("finding the plugins")?.join("libstasis_fault_plugin.so");
     if !fault.exists() {
         return Err(Failure::Skipped("libstasis_fault_plugin.so is not built".into()));
     }
-    fs::copy(fault, plugins.join("libstasis_plugin_fault.so")).doing("copying the fault plugin")?;
-    Ok(plugins)
+    plugin_dir(dir, &[(&fault, "libstasis_plugin_fault.so")])
 }
 
 /// Adds an environment variable to a command.

@@ -1,6 +1,7 @@
 //! Plugins that are not plugins, are of another version, or misbehave in a hook.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 
 use stasis_tests::scenario::{Doing, Failure};
@@ -30,6 +31,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("plugin::other_major_version", |test| bad_file(test, other_major)),
         Test::new("plugin::claims_twice", claims_twice),
         Test::new("plugin::says", says),
+        Test::new("plugin::writable_by_others", writable_by_others),
     ];
     for (action, words) in ACTIONS {
         tests.push(Test::new(format!("plugin::{action}_in_dump"), move |test| in_dump(test, action, words)));
@@ -155,6 +157,45 @@ fn says(test: &str) -> Result<(), Failure> {
         hear("restore", hook)?;
         fs::remove_dir_all(case.stage.dir.join("img")).doing("removing the image")?;
     }
+    case.finish()
+}
+
+/// What others can change is not loaded as root, unless the user says so.
+fn writable_by_others(test: &str) -> Result<(), Failure> {
+    let case = Case::start(test, "unclaimed")?;
+    let plugins = plugins_with_fault(&case.stage.dir)?;
+    let file = plugins.join("libstasis_plugin_fault.so");
+    let mode = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).doing("changing a mode")
+    };
+    let owner = |path: &Path, uid| chown(path, Some(uid), None).doing("changing an owner");
+    let refuse = |what: &Path, why: &str| {
+        let words = [&*what.to_string_lossy(), why, "--allow-unsafe-plugins"];
+        refused(&with_plugin(&case, "dump", &plugins, "")?, &words)?;
+        case.unharmed()
+    };
+    mode(&file, 0o646)?;
+    refuse(&file, "writable by others")?;
+    mode(&file, 0o644)?;
+    owner(&file, 65534)?;
+    refuse(&file, "belongs to uid 65534")?;
+    owner(&file, 0)?;
+    mode(&plugins, 0o1777)?;
+    refuse(&plugins, "writable by others")?;
+    mode(&plugins, 0o755)?;
+    owner(&plugins, 65534)?;
+    refuse(&plugins, "belongs to uid 65534")?;
+    owner(&plugins, 0)?;
+    // A library elsewhere, to which a link leads.
+    let elsewhere = case.stage.dir.join("elsewhere.so");
+    fs::rename(&file, &elsewhere).doing("moving the library")?;
+    symlink(&elsewhere, &file).doing("linking the library")?;
+    mode(&elsewhere, 0o666)?;
+    refuse(&elsewhere, "writable by others")?;
+    let images = case.images("allowed")?;
+    let more = ["-R", "--allow-unsafe-plugins", "--plugin-dir", &*plugins.to_string_lossy()];
+    succeeded(case.stage.tool(&mut case.tool.dump(case.stage.root, &images, &more))?)?;
+    case.unharmed()?;
     case.finish()
 }
 
