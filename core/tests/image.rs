@@ -59,7 +59,11 @@ impl Parts {
                 ..Default::default()
             },
             // The first one spans two mappings.
-            pages: PageMap { mm: 1, segment: 0, extents: vec![extent(0x3000, 0), extent(0x9000, 0x2000)] },
+            pages: PageMap {
+                mm: 1,
+                extents: vec![extent(0x3000, 0), extent(0x9000, 0x2000)],
+                ..PageMap::default()
+            },
             table: DescriptorTable { id: 1, descriptors: vec![descriptor(0, 1), descriptor(7, 2)] },
             handles: vec![
                 Handle { id: 1, path: path("/dev/null"), ..Default::default() },
@@ -419,4 +423,31 @@ proptest! {
             prop_assert_eq!(&back, blob);
         }
     }
+}
+
+#[test]
+fn guard_regions_and_hugetlb_pages_are_checked() {
+    let guard = |start, end| GuardRegion { start, end };
+    let mut parts = Parts::new();
+    parts.pages.guards = vec![guard(0x1000, 0x2000), guard(0x4000, 0x6000)];
+    let directory = tempfile::tempdir().unwrap();
+    parts.write(directory.path()).unwrap();
+    assert_eq!(Image::open(directory.path()).unwrap().page_maps[&1].guards, parts.pages.guards);
+    for guards in [
+        vec![guard(0x3000, 0x5000)],
+        vec![guard(0x7000, 0x8000)],
+        vec![guard(0x4000, 0x5000), guard(0x1000, 0x2000)],
+        vec![guard(0x1001, 0x2000)],
+    ] {
+        parts.pages.guards = guards;
+        assert!(parts.fault().contains("guard region"), "{}", parts.fault());
+    }
+    let mut parts = Parts::new();
+    parts.map.vmas[0].huge_shift = 21;
+    assert!(parts.fault().contains("hugetlb"), "{}", parts.fault());
+    parts.map.vmas[0].huge_shift = 64;
+    assert!(parts.fault().contains("hugetlb"), "{}", parts.fault());
+    let mut parts = Parts::new();
+    parts.map.lock_future = 4;
+    assert!(parts.fault().contains("locking"), "{}", parts.fault());
 }

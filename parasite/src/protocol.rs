@@ -95,6 +95,8 @@ pub struct ProcessQuery {
     pub memory_merge: i64,
     /// MEMBARRIER_CMD_GET_REGISTRATIONS.
     pub membarrier: i64,
+    /// `MCL_*` of mlockall(2) for mappings to come, or a negative errno.
+    pub lock_future: i64,
 }
 
 /// What only a thread itself can be asked. Every `prctl` value is the answer or a negative errno.

@@ -34,7 +34,37 @@ pub fn process(query: &mut ProcessQuery) -> i64 {
     const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
     // SAFETY: takes numbers only.
     query.membarrier = unsafe { syscall(sys::MEMBARRIER, [MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, 0, 0, 0]) };
-    0
+    query.lock_future = lock_future();
+    if query.lock_future < 0 { query.lock_future } else { 0 }
+}
+
+/// What mlockall(2) has set for mappings to come (MCL_FUTURE, MCL_ONFAULT). No file shows it, so a page is mapped to see: the kernel
+/// drops no page that is locked (madvise(2), MADV_DONTNEED), and populates it at once unless it waits for a fault.
+fn lock_future() -> i64 {
+    const PAGE: u64 = 4096;
+    const READ_WRITE: u64 = 3;
+    const PRIVATE_ANONYMOUS: u64 = 0x22;
+    const MADV_DONTNEED: u64 = 4;
+    const EINVAL: i64 = -22;
+    const MCL_FUTURE: i64 = 2;
+    const MCL_ONFAULT: i64 = 4;
+    // SAFETY: a new mapping, at an address of the kernel's choice.
+    let page = unsafe { syscall(sys::MMAP, [0, PAGE, READ_WRITE, PRIVATE_ANONYMOUS, u64::MAX, 0]) };
+    if (-4095..0).contains(&page) {
+        return page;
+    }
+    let mut resident = 0u8;
+    // SAFETY: one page, one byte.
+    unsafe { syscall(sys::MINCORE, [page as u64, PAGE, &raw mut resident as u64, 0, 0, 0]) };
+    // SAFETY: the page holds nothing.
+    let dropped = unsafe { syscall(sys::MADVISE, [page as u64, PAGE, MADV_DONTNEED, 0, 0, 0]) };
+    // SAFETY: the mapping from above.
+    unsafe { syscall(sys::MUNMAP, [page as u64, PAGE, 0, 0, 0, 0]) };
+    match (dropped, resident & 1) {
+        (EINVAL, 1) => MCL_FUTURE,
+        (EINVAL, _) => MCL_FUTURE | MCL_ONFAULT,
+        _ => 0,
+    }
 }
 
 /// struct stack_t (sigaltstack(2)).

@@ -2,8 +2,12 @@
 use core::arch::asm;
 
 pub const CLOSE: u64 = 3;
+pub const MMAP: u64 = 9;
+pub const MUNMAP: u64 = 11;
 pub const BRK: u64 = 12;
 pub const RT_SIGACTION: u64 = 13;
+pub const MINCORE: u64 = 27;
+pub const MADVISE: u64 = 28;
 pub const GETITIMER: u64 = 36;
 pub const RECVMSG: u64 = 47;
 pub const SOCKETPAIR: u64 = 53;

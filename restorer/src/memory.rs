@@ -58,6 +58,15 @@ pub fn restore(arguments: &Arguments) -> Outcome {
     let size = size_of_val(&arguments.layout) as u64;
     // SAFETY: the kernel reads `size` bytes at `layout`, and the auxiliary vector it names.
     unsafe { step(Step::Layout, 0, nr::PRCTL, [PR_SET_MM, PR_SET_MM_MAP, layout, size, 0])? };
+    if arguments.lock_future != 0 {
+        // SAFETY: without MCL_CURRENT it touches no mapping that exists.
+        unsafe { step(Step::Lock, 0, nr::MLOCKALL, [arguments.lock_future])? };
+    }
+    // Nothing of it can be changed from here on.
+    for (index, span) in arguments.seals.entries().iter().enumerate() {
+        // SAFETY: marks memory of the task.
+        unsafe { step(Step::Seal, index, nr::MSEAL, [span.start, span.len, 0])? };
+    }
     Ok(())
 }
 

@@ -320,6 +320,10 @@ pub struct Arguments {
     pub names: Table<Name>,
     /// Locked memory.
     pub locks: Table<Setting>,
+    /// `MCL_*` of mlockall(2) for mappings to come.
+    pub lock_future: u64,
+    /// Sealed memory (mseal(2)).
+    pub seals: Table<Span>,
     /// Layout of the memory map.
     pub layout: Layout,
     /// Service descriptors that are closed at the end.
@@ -452,4 +456,5 @@ steps! {
     IoFlusher = 47, "setting the I/O flusher attribute";
     Speculation = 48, "setting speculation control";
     MemoryPolicy = 49, "setting the NUMA memory policy";
+    Seal = 50, "sealing memory (mseal)";
 }

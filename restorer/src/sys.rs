@@ -43,6 +43,7 @@ pub mod nr {
     pub const RT_SIGQUEUEINFO: u64 = 129;
     pub const SIGALTSTACK: u64 = 131;
     pub const PERSONALITY: u64 = 135;
+    pub const MLOCKALL: u64 = 151;
     pub const PRCTL: u64 = 157;
     pub const ARCH_PRCTL: u64 = 158;
     pub const FUTEX: u64 = 202;
@@ -65,6 +66,7 @@ pub mod nr {
     pub const MEMBARRIER: u64 = 324;
     pub const MLOCK2: u64 = 325;
     pub const RSEQ: u64 = 334;
+    pub const MSEAL: u64 = 462;
 }
 
 /// A system call with up to six arguments; the result as the kernel gives it.

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod ctl;
 pub mod emulator;
 pub mod external;
+pub mod hugepages;
 pub mod launch;
 pub mod net;
 pub mod sandbox;

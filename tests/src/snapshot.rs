@@ -325,6 +325,9 @@ fn mount_line(line: &str) -> String {
 /// the commit limit, which depends on whether it ever was writable.
 const FLAGS_VARY: [&str; 3] = ["sd", "uw", "ac"];
 
+/// The device, mapped privately.
+const ZERO: &str = "/dev/zero";
+
 /// One mapping of smaps.
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping {
@@ -339,7 +342,10 @@ struct Mapping {
 impl Mapping {
     /// Whether the kernel may at will show this and `next` as one mapping or as two.
     fn continues_with(&self, next: &Mapping) -> bool {
-        let anonymous = self.file.is_empty() || self.file.starts_with('[') || self.file.starts_with("/anon");
+        let anonymous = self.file.is_empty()
+            || self.file.starts_with('[')
+            || self.file.starts_with("/anon")
+            || self.file == ZERO;
         self.end == next.start
             && (&self.perms, &self.file, &self.flags) == (&next.perms, &next.file, &next.flags)
             && (anonymous || self.offset + (self.end - self.start) == next.offset)
@@ -371,7 +377,8 @@ fn mappings(proc: &Path) -> io::Result<BTreeMap<String, String>> {
     Ok(found
         .into_iter()
         .map(|m| {
-            let offset = if m.file.starts_with('/') { m.offset } else { 0 };
+            // Private zeros are anonymous memory, whose offset the kernel changes as it likes when the mapping is moved.
+            let offset = if m.file.starts_with('/') && m.file != ZERO { m.offset } else { 0 };
             let what = format!("{} {:#x} {} {}", m.perms, offset, m.file, m.flags);
             (format!("{:x}-{:x}", m.start, m.end), what)
         })

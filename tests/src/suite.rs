@@ -6,6 +6,7 @@ use std::sync::RwLock;
 
 use libtest_mimic::{Arguments, Completion, Trial};
 
+use crate::hugepages::HugePages;
 use crate::sandbox::{self, Verdict};
 use crate::scenario::Failure;
 
@@ -86,7 +87,10 @@ pub fn main(tests: Vec<Test>) -> ExitCode {
             }
         })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let pool = HugePages::allow();
+    let code = libtest_mimic::run(&arguments, trials.collect()).exit_code();
+    drop(pool);
+    code
 }
 
 /// How many tests run at once.

@@ -199,7 +199,7 @@ impl FrozenTree {
             let fs = self.fs_groups.get(&process.host_pid).copied().unwrap_or_default();
             Ok::<_, DumpError>((
                 task::describe(process, found, &self.namespaces, paths, number, fs)?,
-                task::memory_map(process, found.brk, number)?,
+                task::memory_map(process, found, number)?,
             ))
         })?;
         for ((record, map), memory) in described.into_iter().zip(&self.memory) {

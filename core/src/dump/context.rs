@@ -58,6 +58,7 @@ fn process(task: CollectedTask, state: ProcessState) -> ProcessContext {
         mdwe: answer(state.mdwe),
         memory_merge: state.memory_merge == 1,
         membarrier: answer(state.membarrier),
+        lock_future: answer(state.lock_future),
         child_subreaper: state.child_subreaper == 1,
         pending: bytes(shared),
         threads: task

@@ -6,7 +6,7 @@ use crate::{
     guardian::{Guardian, WriteJob, protocol::PageRange},
     image::{
         ImageWriter, checksum_shards,
-        records::{PageExtent, PageMap, Shard, SharedSegment, Vma, VmaAdvice},
+        records::{GuardRegion, PageExtent, PageMap, Shard, SharedSegment, Vma, VmaAdvice},
     },
     memory::{
         MemoryError,
@@ -64,6 +64,8 @@ pub struct Pages {
     postponed: Option<Private>,
     outside_only: bool,
     zeros: Vec<ZeroRun>,
+    /// Guard regions, by memory map.
+    guards: BTreeMap<u32, Vec<GuardRegion>>,
 }
 
 impl Pages {
@@ -86,6 +88,7 @@ impl Pages {
             postponed: None,
             outside_only,
             zeros: Vec::new(),
+            guards: BTreeMap::new(),
         };
         let related = memory.len() > 1;
         let mut found = Vec::new();
@@ -122,6 +125,15 @@ impl Pages {
 
     /// Gives contents their places in the page files.
     fn add(&mut self, found: Vec<(Subject, Contents)>, writer: &ImageWriter) -> Result<(), DumpError> {
+        for (subject, contents) in &found {
+            if let Subject::Process { mm, .. } = subject
+                && !contents.guards.is_empty()
+            {
+                let guards =
+                    contents.guards.iter().map(|guard| GuardRegion { start: guard.start, end: guard.end });
+                self.guards.entry(*mm).or_default().extend(guards);
+            }
+        }
         let (subjects, contents): (Vec<_>, Vec<_>) = found.into_iter().unzip();
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         let shards = self.batches.last().map_or_else(Vec::new, |batch| batch.plan.shards.clone());
@@ -257,7 +269,9 @@ impl Pages {
         }
         for ((mm, segment), mut extents) in maps {
             extents.sort_unstable_by_key(|extent| extent.address);
-            writer.write_page_map(&PageMap { mm, segment, extents })?;
+            let mut guards = self.guards.remove(&mm).unwrap_or_default();
+            guards.sort_unstable_by_key(|guard| guard.start);
+            writer.write_page_map(&PageMap { mm, segment, extents, guards })?;
         }
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let mut shards = Vec::with_capacity(self.files.len());
@@ -275,9 +289,10 @@ impl Pages {
 
 impl Private {
     fn of(process: &Process, mm: u32, vmas: &[Vma]) -> Result<Self, DumpError> {
+        // A child has no hugetlb pages in reserve, and dies of SIGBUS when there is none to copy to.
         let lost = VmaAdvice::Dontfork as u32 | VmaAdvice::Wipeonfork as u32;
         let (lost_by_fork, kept): (Vec<Vma>, Vec<Vma>) =
-            vmas.iter().cloned().partition(|vma| vma.advice & lost != 0);
+            vmas.iter().cloned().partition(|vma| vma.advice & lost != 0 || vma.huge_shift != 0);
         let (hidden, readable) = kept.into_iter().partition(|vma| vma.prot & libc::PROT_READ as u32 == 0);
         let proc = ProcDir::open(process.worker())?;
         Ok(Self { mm, host_pid: process.host_pid, proc, readable, hidden, lost_by_fork })
@@ -290,7 +305,7 @@ impl Private {
             [(&self.readable, false, true), (&self.hidden, false, false), (&self.lost_by_fork, true, false)]
         {
             let mut contents = private_contents(&self.proc, vmas, related)?;
-            if contents.regions.is_empty() {
+            if contents.regions.is_empty() && contents.guards.is_empty() {
                 continue;
             }
             contents.inside = !outside_only && readable;

@@ -97,7 +97,7 @@ pub fn inspect(
         outcome?;
         let space = tree.space(pid).ok_or(GuardianError::Unknown { pid })?;
         let query: ProcessQuery = read_block(space, space.main_slot().0)?;
-        answer("rt_sigaction", pid, query.result)?;
+        answer("asking the process", pid, query.result)?;
         states.push(describe(pid, &query));
     }
     states.sort_by_key(|state| pids.iter().position(|&pid| pid == state.pid));
@@ -122,6 +122,7 @@ fn describe(pid: i32, query: &ProcessQuery) -> ProcessState {
         posix_timers: Vec::new(),
         pending: None,
         membarrier: query.membarrier,
+        lock_future: query.lock_future,
         brk: query.brk,
         dumpable: query.dumpable,
         child_subreaper: query.child_subreaper,

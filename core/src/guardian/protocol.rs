@@ -185,6 +185,8 @@ pub struct ProcessState {
     pub memory_merge: i64,
     /// MEMBARRIER_CMD_GET_REGISTRATIONS.
     pub membarrier: i64,
+    /// `MCL_*` of mlockall(2) for mappings to come.
+    pub lock_future: i64,
     /// Pending signals of the moment when the timers were read; none if there is no timer.
     pub pending: Option<PendingSignals>,
     /// Its threads.

@@ -203,6 +203,7 @@ pub(super) fn check(image: &Image) -> Check {
         let place = Place::new(RecordKind::SharedSegment, *id);
         place.field("id", *id, *id != 0)?;
         place.field("size", segment.size, segment.size.is_multiple_of(PAGE) && segment.size <= TASK_SIZE)?;
+        check_huge(place, segment.huge_shift, 0, segment.size)?;
     }
     check_pages(image)?;
     check_tables(image)?;
@@ -327,6 +328,8 @@ fn check_siginfos(place: Place, pending: &[Vec<u8>]) -> Check {
 }
 
 fn check_vmas(known: &Known<'_>, place: Place, map: &MemoryMap) -> Check {
+    // Nothing, MCL_FUTURE, or that with MCL_ONFAULT.
+    place.field("locking of memory", map.lock_future, [0, 2, 6].contains(&map.lock_future))?;
     let mut last = 0;
     for vma in &map.vmas {
         let Vma { start, end, .. } = *vma;
@@ -344,6 +347,7 @@ fn check_vmas(known: &Known<'_>, place: Place, map: &MemoryMap) -> Check {
         last = end;
         // PROT_READ, PROT_WRITE, PROT_EXEC.
         place.field("mapping protection", vma.prot, vma.prot <= 7)?;
+        check_huge(place, vma.huge_shift, start, end)?;
         place.field(
             "length of a mapping's name",
             vma.name.len(),
@@ -356,6 +360,8 @@ fn check_vmas(known: &Known<'_>, place: Place, map: &MemoryMap) -> Check {
             VmaKind::SharedAnonymous => {
                 place.exists(RecordKind::SharedSegment, &known.image.segments, vma.file)?;
                 let size = known.image.segments[&vma.file].size;
+                let same = known.image.segments[&vma.file].huge_shift == vma.huge_shift;
+                place.field("size of hugetlb pages", vma.huge_shift, same)?;
                 let inside = vma.offset.checked_add(end - start).is_some_and(|last| last <= size);
                 place.range(
                     "part of a segment",
@@ -369,6 +375,12 @@ fn check_vmas(known: &Known<'_>, place: Place, map: &MemoryMap) -> Check {
         }
     }
     Ok(())
+}
+
+/// Sizes of hugetlb pages: 2 MiB and 1 GiB (arch/x86/mm/hugetlbpage.c).
+fn check_huge(place: Place, shift: u32, start: u64, end: u64) -> Check {
+    place.field("size of hugetlb pages", shift, [0, 21, 30].contains(&shift))?;
+    place.range("mapping of hugetlb pages", start, end, shift == 0 || (start | end) % (1 << shift) == 0)
 }
 
 /// Extents lie in the mappings (or in the segment) and in the page files, in ascending order.
@@ -387,12 +399,28 @@ fn check_pages(image: &Image) -> Check {
             }
         }
         check_extents(image, place, pages, &homes)?;
+        check_guards(place, pages, &image.memory_maps[id])?;
     }
     for (id, pages) in &image.segment_pages {
         let place = Place { kind: RecordKind::PageMap, id: u64::from(*id) };
         place.exists(RecordKind::SharedSegment, &image.segments, *id)?;
         place.field("mm", pages.mm, pages.mm == 0)?;
+        place.field("guard regions of a segment", pages.guards.len(), pages.guards.is_empty())?;
         check_extents(image, place, pages, &[(0, image.segments[id].size)])?;
+    }
+    Ok(())
+}
+
+/// Guard regions lie in mappings, in ascending order.
+fn check_guards(place: Place, pages: &PageMap, map: &MemoryMap) -> Check {
+    let mut last = 0;
+    let mut vmas = map.vmas.iter().peekable();
+    for guard in &pages.guards {
+        while vmas.next_if(|vma| vma.end <= guard.start).is_some() {}
+        let inside = vmas.peek().is_some_and(|vma| vma.start <= guard.start && guard.end <= vma.end);
+        let aligned = guard.start % PAGE == 0 && guard.end % PAGE == 0 && guard.start < guard.end;
+        place.range("guard region", guard.start, guard.end, inside && aligned && guard.start >= last)?;
+        last = guard.end;
     }
     Ok(())
 }

@@ -248,7 +248,10 @@ impl Image {
         let id = if map.segment != 0 { map.segment } else { map.mm };
         match owners.entry(id) {
             Entry::Vacant(entry) => drop(entry.insert(map)),
-            Entry::Occupied(mut entry) => entry.get_mut().extents.extend(map.extents),
+            Entry::Occupied(mut entry) => {
+                entry.get_mut().extents.extend(map.extents);
+                entry.get_mut().guards.extend(map.guards);
+            }
         }
     }
 

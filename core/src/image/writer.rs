@@ -146,8 +146,9 @@ impl ImageWriter {
         if map.extents.len() <= EXTENTS_PER_RECORD {
             return self.write(map);
         }
-        map.extents.chunks(EXTENTS_PER_RECORD).try_for_each(|extents| {
-            self.write(&PageMap { mm: map.mm, segment: map.segment, extents: extents.to_vec() })
+        map.extents.chunks(EXTENTS_PER_RECORD).enumerate().try_for_each(|(at, extents)| {
+            let guards = if at == 0 { map.guards.clone() } else { Vec::new() };
+            self.write(&PageMap { mm: map.mm, segment: map.segment, extents: extents.to_vec(), guards })
         })
     }
 

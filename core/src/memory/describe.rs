@@ -20,6 +20,8 @@ use std::{collections::HashMap, fs::File};
 /// User space ends here; above is the vsyscall page (Documentation/arch/x86/x86_64/mm.rst).
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const DELETED: &[u8] = b" (deleted)";
+/// What mmap(2) with MAP_ANONYMOUS and MAP_HUGETLB maps (mm/mmap.c).
+const HUGE_ANONYMOUS: &[u8] = b"/anon_hugepage (deleted)";
 
 /// Kernel flag to bit of `VmaAdvice`.
 const ADVICE: &[(VmFlags, VmaAdvice)] = &[
@@ -35,17 +37,16 @@ const ADVICE: &[(VmFlags, VmaAdvice)] = &[
     (VmFlags::LOCK_ON_FAULT, VmaAdvice::Lockonfault),
     (VmFlags::NO_RESERVE, VmaAdvice::Noreserve),
     (VmFlags::ACCOUNTED, VmaAdvice::Accounted),
+    (VmFlags::SEALED, VmaAdvice::Sealed),
+    (VmFlags::DROPPABLE, VmaAdvice::Droppable),
 ];
 
 /// States of a mapping that would be lost, with the words for them.
 const REFUSED: &[(VmFlags, &str)] = &[
-    (VmFlags::HUGETLB, "is made of hugetlb pages, which are not supported yet"),
     (VmFlags::UFFD_MISSING, "is watched by a userfaultfd, which is not supported yet"),
     (VmFlags::UFFD_WRITE_PROTECT, "is watched by a userfaultfd, which is not supported yet"),
     (VmFlags::UFFD_MINOR, "is watched by a userfaultfd, which is not supported yet"),
-    (VmFlags::SEALED, "is sealed (mseal), which is not supported yet"),
     (VmFlags::SHADOW_STACK, "is a shadow stack, which is not supported yet"),
-    (VmFlags::DROPPABLE, "is droppable memory, which is not supported yet"),
 ];
 
 /// A mapping that core does not know: some plugin may.
@@ -147,7 +148,8 @@ impl MappedObjects {
         let name = map_file(mapping);
         let size = proc.stat(&name)?.st_size as u64;
         let file = proc.open_file(&name, OFlag::O_RDONLY)?;
-        self.segments.push((SharedSegment { id, size, inode: mapping.ino }, file));
+        let huge_shift = huge_shift(mapping);
+        self.segments.push((SharedSegment { id, size, inode: mapping.ino, huge_shift }, file));
         self.segment_ids.insert((mapping.dev, mapping.ino), id);
         Ok(id)
     }
@@ -156,6 +158,11 @@ impl MappedObjects {
 /// The magic link to the file behind a mapping, also when it is deleted.
 pub fn map_file(mapping: &Mapping) -> String {
     format!("map_files/{:x}-{:x}", mapping.start, mapping.end)
+}
+
+/// log2 of the page size of a mapping of hugetlb pages, 0 for all others.
+fn huge_shift(mapping: &Mapping) -> u32 {
+    if mapping.flags.contains(VmFlags::HUGETLB) { mapping.page_size.trailing_zeros() % 64 } else { 0 }
 }
 
 /// Why a mapping would not be as it was, if so.
@@ -185,6 +192,7 @@ pub fn describe(
                 .fold(0, |sum, (_, a)| sum | *a as u32),
             grows_down: mapping.flags.contains(VmFlags::GROWS_DOWN),
             may_write: mapping.flags.contains(VmFlags::MAY_WRITE),
+            huge_shift: huge_shift(&mapping),
             ..Vma::default()
         };
         match classify(&mapping) {
@@ -254,9 +262,11 @@ fn classify(mapping: &Mapping) -> Class {
     if mapping.flags.contains(VmFlags::IO) || mapping.flags.contains(VmFlags::PFN_MAP) {
         return Class::Unknown("it is device memory");
     }
-    let segment = path == b"/dev/zero (deleted)" || path.starts_with(b"[anon_shmem:");
+    let huge = path == HUGE_ANONYMOUS && mapping.flags.contains(VmFlags::HUGETLB);
+    let segment = path == b"/dev/zero (deleted)" || path.starts_with(b"[anon_shmem:") || huge;
     match path.first() {
         _ if segment && mapping.shared => Class::Segment,
+        _ if huge => Class::Anonymous(Vec::new()),
         // Memory files, System V segments and the like have no path one could open again.
         Some(b'/') if is_kernel_mount(mapping) => Class::Unknown("it maps an object without a path"),
         Some(b'/') => Class::File,
@@ -270,7 +280,8 @@ fn is_kernel_mount(mapping: &Mapping) -> bool {
     mapping.path.ends_with(DELETED) && PREFIXES.iter().any(|prefix| mapping.path.starts_with(prefix))
 }
 
-/// The pages of a process that must be kept: those of private memory, and the changed ones of private file mappings.
+/// The pages of a process that must be kept: those of private memory, and the changed ones of private file mappings; and
+/// guard regions in mappings of any kind.
 /// Pages that others may share are looked for if `related`.
 pub fn private_contents(proc: &ProcDir, vmas: &[Vma], related: bool) -> Result<Contents, MemoryError> {
     let map = PageMapFile::open(proc)?;
@@ -282,14 +293,21 @@ pub fn private_contents(proc: &ProcDir, vmas: &[Vma], related: bool) -> Result<C
         while next < populated.len() && populated[next].end <= vma.start {
             next += 1;
         }
-        let wanted = match vma.kind() {
-            VmaKind::PrivateAnonymous => |_: &Region| true,
-            VmaKind::PrivateFile => |region: &Region| region.categories & category::FILE == 0,
-            _ => continue,
+        let wanted = |region: &Region| match vma.kind() {
+            VmaKind::PrivateAnonymous => true,
+            VmaKind::PrivateFile => region.categories & category::FILE == 0,
+            _ => false,
         };
         let inside = populated[next..].iter().take_while(|region| region.start < vma.end);
-        for region in inside.filter(|region| wanted(region)) {
+        for region in inside {
             let part = Region { start: region.start.max(vma.start), end: region.end.min(vma.end), ..*region };
+            if region.categories & category::GUARD != 0 {
+                contents.guards.push(part.start..part.end);
+                continue;
+            }
+            if !wanted(region) {
+                continue;
+            }
             if related {
                 sharing::candidates(&map, part.start, part.end, &mut contents.candidates)?;
             }

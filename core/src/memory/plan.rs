@@ -9,7 +9,7 @@ use super::{
     sharing::{Candidate, Owners, Place},
 };
 use crate::image::records::PageExtent;
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 /// A memory descriptor's (or segment's) pages with contents, ascending.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +20,8 @@ pub struct Contents {
     pub candidates: Vec<Candidate>,
     /// Whether its pages may be copied from inside the task.
     pub inside: bool,
+    /// Guard regions, ascending: nobody can read them.
+    pub guards: Vec<Range<u64>>,
 }
 
 impl Contents {
@@ -379,12 +381,12 @@ mod tests {
         let parent = Contents {
             regions: vec![region(0x10000, 8)],
             candidates: candidates(0x10000, 1..9),
-            inside: false,
+            ..Contents::default()
         };
         // The child wrote its third page, so that frame is its own.
         let mut theirs = candidates(0x10000, 1..9);
         theirs.remove(2);
-        let child = Contents { regions: vec![region(0x10000, 8)], candidates: theirs, inside: false };
+        let child = Contents { regions: vec![region(0x10000, 8)], candidates: theirs, ..Contents::default() };
         let plan = plan(&[parent, child], 2, vec![]);
         assert_eq!(plan.shards.iter().sum::<u64>(), 9 * PAGE);
         let (parent, child) = (pages(&plan.extents[0]), pages(&plan.extents[1]));
@@ -401,8 +403,8 @@ mod tests {
                 let contents: Vec<_> = (0..5)
                     .map(|i| Contents {
                         regions: vec![region(0x100000, 1000 + i), region(0x9000000, 900)],
-                        candidates: vec![],
                         inside,
+                        ..Contents::default()
                     })
                     .collect();
                 let plan = plan(&contents, threads, vec![]);
@@ -427,7 +429,8 @@ mod tests {
 
     #[test]
     fn a_second_batch_goes_behind_the_first() {
-        let of = |start, inside| Contents { regions: vec![region(start, 5000)], candidates: vec![], inside };
+        let of =
+            |start, inside| Contents { regions: vec![region(start, 5000)], inside, ..Contents::default() };
         let first = plan(&[of(0x100000, false)], 2, vec![]);
         let second = plan(&[of(0x9000000, true)], 2, first.shards.clone());
         let mut places: Vec<_> = [&first, &second].iter().flat_map(|plan| pages(&plan.extents[0])).collect();

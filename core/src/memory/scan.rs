@@ -6,6 +6,7 @@ use nix::{errno::Errno, fcntl::OFlag};
 use std::{
     fs::File,
     os::{fd::AsRawFd, unix::fs::FileExt},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 /// Page categories (include/uapi/linux/fs.h).
@@ -20,6 +21,8 @@ pub mod category {
     pub const ZERO: u64 = 1 << 5;
     /// Part of a huge page mapped as a whole.
     pub const HUGE: u64 = 1 << 6;
+    /// A guard region (MADV_GUARD_INSTALL); since Linux 6.15.
+    pub const GUARD: u64 = 1 << 8;
 }
 
 /// A run of pages of the same categories.
@@ -60,6 +63,10 @@ mod ioctl {
 /// With more regions per call some kernels return a stale `walk_end` (seen on 6.18).
 const REGIONS_PER_CALL: usize = 512;
 
+/// Whether this kernel tells guard regions from swapped pages. One that has them but does not tell (6.13, 6.14) lets nobody read
+/// them, so that the dump fails there.
+static KNOWS_GUARDS: AtomicBool = AtomicBool::new(true);
+
 /// An open `/proc/PID/pagemap`.
 #[derive(Debug)]
 pub struct PageMapFile {
@@ -73,12 +80,13 @@ impl PageMapFile {
         Ok(Self { pid: proc.pid(), file: proc.open_file("pagemap", OFlag::O_RDONLY)? })
     }
 
-    /// All pages with contents in `[start, end)`: present or swapped, and not the zero page. Ascending.
+    /// All pages with contents in `[start, end)`: present or swapped, and not the zero page; and guard regions. Ascending.
     pub fn populated(&self, start: u64, end: u64) -> Result<Vec<Region>, MemoryError> {
         let mut found = Vec::new();
         let mut buffer = [Region::default(); REGIONS_PER_CALL];
         let mut from = start;
         while from < end {
+            let guards = if KNOWS_GUARDS.load(Ordering::Relaxed) { category::GUARD } else { 0 };
             let mut arguments = ScanArguments {
                 size: size_of::<ScanArguments>() as u64,
                 start: from,
@@ -88,14 +96,21 @@ impl PageMapFile {
                 category_inverted: category::ZERO,
                 category_mask: category::ZERO,
                 category_anyof_mask: category::PRESENT | category::SWAPPED,
-                return_mask: category::FILE | category::HUGE | category::SWAPPED,
+                return_mask: category::FILE | category::HUGE | category::SWAPPED | guards,
                 ..ScanArguments::default()
             };
             // SAFETY: `vec` and `vec_len` describe `buffer`, which outlives the call.
-            let count =
-                unsafe { ioctl::pagemap_scan(self.file.as_raw_fd(), &mut arguments) }.map_err(|errno| {
-                    MemoryError::Task { operation: "scan the page map", pid: self.pid, address: from, errno }
-                })?;
+            let count = match unsafe { ioctl::pagemap_scan(self.file.as_raw_fd(), &mut arguments) } {
+                Ok(count) => count,
+                Err(Errno::EINVAL) if guards != 0 => {
+                    KNOWS_GUARDS.store(false, Ordering::Relaxed);
+                    continue;
+                }
+                Err(errno) => {
+                    let operation = "scan the page map";
+                    return Err(MemoryError::Task { operation, pid: self.pid, address: from, errno });
+                }
+            };
             found.extend_from_slice(&buffer[..count as usize]);
             if arguments.walk_end <= from {
                 break;

@@ -129,6 +129,8 @@ pub struct Mapping {
     pub flags: VmFlags,
     /// Whether any transparent huge page is mapped.
     pub has_huge_pages: bool,
+    /// Bytes of a page: more than 4096 for hugetlb pages.
+    pub page_size: u64,
 }
 
 /// All mappings of a process, ascending.
@@ -148,6 +150,9 @@ fn parse(text: &[u8]) -> Result<Vec<Mapping>, String> {
         let Some(last) = mappings.last_mut() else { return Err("a field before the first mapping".into()) };
         if let Some(flags) = line.strip_prefix(b"VmFlags:") {
             last.flags = VmFlags::parse(&String::from_utf8_lossy(flags));
+        } else if let Some(size) = line.strip_prefix(b"KernelPageSize:") {
+            let kibibytes = size.trim_ascii().strip_suffix(b" kB").and_then(|n| std::str::from_utf8(n).ok());
+            last.page_size = kibibytes.and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) << 10;
         } else if let Some(size) = line.strip_prefix(b"AnonHugePages:") {
             last.has_huge_pages = !size.trim_ascii().starts_with(b"0 ");
         }
@@ -208,7 +213,7 @@ mod tests {
 
     const SMAPS: &[u8] =
         b"7f0000000000-7f0000003000 rw-p 00001000 fd:01 42                         /a b\\012c (deleted)\n\
-        Size:                 12 kB\nAnonHugePages:      2048 kB\nVmFlags: rd wr mr mw me dc hg gd \n\
+        Size:                 12 kB\nKernelPageSize:        4 kB\nAnonHugePages:      2048 kB\nVmFlags: rd wr mr mw me dc hg gd \n\
         7f0000003000-7f0000004000 ---s 00000000 00:00 0 \nAnonHugePages:         0 kB\nVmFlags: sh \n";
 
     #[test]
@@ -223,6 +228,7 @@ mod tests {
         assert_eq!(first.path, b"/a b\nc (deleted)");
         assert_eq!(first.prot, (libc::PROT_READ | libc::PROT_WRITE) as u32);
         assert_eq!(first.dev, libc::makedev(0xfd, 1));
+        assert_eq!(first.page_size, 4096);
         assert!(first.has_huge_pages && first.flags.contains(VmFlags::DONT_FORK) && !first.shared);
         assert!(first.flags.contains(VmFlags::HUGE_PAGE) && first.flags.contains(VmFlags::GROWS_DOWN));
         assert!(mappings[1].shared && mappings[1].path.is_empty() && !mappings[1].has_huge_pages);

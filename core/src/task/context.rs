@@ -51,6 +51,8 @@ pub struct ProcessContext {
     pub memory_merge: bool,
     /// MEMBARRIER_CMD_GET_REGISTRATIONS.
     pub membarrier: u32,
+    /// `MCL_*` of mlockall(2) for mappings to come.
+    pub lock_future: u32,
     /// PR_GET_CHILD_SUBREAPER.
     pub child_subreaper: bool,
     /// Shared pending signals, as siginfo_t.

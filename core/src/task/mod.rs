@@ -200,7 +200,7 @@ fn refuse_unsupported(process: &Process) -> Result<(), TaskError> {
 }
 
 /// Memory map: addresses that prctl(PR_SET_MM_MAP) puts back (proc_pid_stat(5)).
-pub fn memory_map(process: &Process, brk: u64, id: u32) -> Result<MemoryMap, TaskError> {
+pub fn memory_map(process: &Process, found: &ProcessContext, id: u32) -> Result<MemoryMap, TaskError> {
     let get = |field| -> Result<u64, ProcError> { Ok(process.stat.get(field)? as u64) };
     Ok(MemoryMap {
         id,
@@ -210,13 +210,14 @@ pub fn memory_map(process: &Process, brk: u64, id: u32) -> Result<MemoryMap, Tas
         start_data: get(StatField::StartData)?,
         end_data: get(StatField::EndData)?,
         start_brk: get(StatField::StartBrk)?,
-        brk,
+        brk: found.brk,
         start_stack: get(StatField::StartStack)?,
         arg_start: get(StatField::ArgStart)?,
         arg_end: get(StatField::ArgEnd)?,
         env_start: get(StatField::EnvStart)?,
         env_end: get(StatField::EnvEnd)?,
         auxv: process.proc.read("auxv")?,
+        lock_future: found.lock_future,
     })
 }
 

@@ -35,7 +35,11 @@ pub fn file(host: &Host<'_>, object: &ObjectInfo) -> Result<MemoryFile> {
     let file = kernel::reopen(handle.as_fd(), libc::O_RDONLY).map_err(failed("open a memory file"))?;
     let meta = file.metadata().map_err(failed("look at a memory file"))?;
     let (uid, gid) = owner(host, object, meta.uid(), meta.gid())?;
-    let extents = contents(host, object, &file, meta.size())?;
+    let huge_shift = kernel::huge_shift(file.as_fd()).map_err(failed("fstatfs of a memory file"))?;
+    let extents = match huge_shift {
+        0 => contents(host, object, &file, meta.size())?,
+        shift => huge_contents(host, object, &file, meta.size(), 1 << shift)?,
+    };
     Ok(MemoryFile {
         name: name.to_vec(),
         size: meta.size(),
@@ -48,6 +52,7 @@ pub fn file(host: &Host<'_>, object: &ObjectInfo) -> Result<MemoryFile> {
         modified_ns: meta.mtime_nsec(),
         accessed_s: meta.atime(),
         accessed_ns: meta.atime_nsec(),
+        huge_shift,
     })
 }
 
@@ -73,6 +78,44 @@ fn contents(host: &Host<'_>, object: &ObjectInfo, file: &File, size: u64) -> Res
         host.progress(end, size);
         extents.push(Extent { offset: start, length: end - start });
         at = end;
+    }
+    Ok(extents)
+}
+
+/// The pages of `page` bytes that are not all zeros, each an extent or a part of one. Only these go into the blob.
+fn huge_contents(
+    host: &Host<'_>,
+    object: &ObjectInfo,
+    file: &File,
+    size: u64,
+    page: u64,
+) -> Result<Vec<Extent>> {
+    let name = blob(object);
+    let mut writer = host.blob_writer(&name);
+    let mut buffer = vec![0; CHUNK.min(page) as usize];
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut at = 0;
+    while at < size {
+        // The zeros before the first piece that has something: their number is known when that turns up.
+        let mut zeros = 0;
+        let mut offset = at;
+        while offset < at + page {
+            file.read_exact_at(&mut buffer, offset).map_err(failed("read a memory file"))?;
+            offset += buffer.len() as u64;
+            if zeros + buffer.len() as u64 == offset - at && buffer.iter().all(|&byte| byte == 0) {
+                zeros += buffer.len() as u64;
+                continue;
+            }
+            writer.write_all(&buffer).map_err(failed("write the contents of a memory file"))?;
+        }
+        if zeros < page {
+            match extents.last_mut() {
+                Some(last) if last.offset + last.length == at + zeros => last.length += page - zeros,
+                _ => extents.push(Extent { offset: at + zeros, length: page - zeros }),
+            }
+        }
+        at += page;
+        host.progress(at, size);
     }
     Ok(extents)
 }

@@ -30,27 +30,71 @@ fn make(name: &CStr, flags: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A memory file that can be executed and sealed.
-pub fn create(name: &CStr) -> io::Result<OwnedFd> {
-    make(name, libc::MFD_ALLOW_SEALING | MFD_EXEC)
+/// The flag that asks for hugetlb pages of 2^shift bytes; none for 0.
+fn huge_flag(shift: u32) -> u32 {
+    if shift == 0 { 0 } else { libc::MFD_HUGETLB | ((shift & 63) << libc::MFD_HUGE_SHIFT) }
 }
 
-/// The devices of memory files: plain ones, and those of hugetlb pages, if there are any.
+/// A memory file that can be executed and sealed, of hugetlb pages of 2^`huge_shift` bytes unless that is 0.
+pub fn create(name: &CStr, huge_shift: u32) -> io::Result<OwnedFd> {
+    make(name, libc::MFD_ALLOW_SEALING | MFD_EXEC | huge_flag(huge_shift))
+}
+
+/// The devices of memory files: plain ones, and those of hugetlb pages of 2 MiB and 1 GiB, if there are any.
 pub fn devices() -> &'static [u64] {
     static DEVICES: OnceLock<Vec<u64>> = OnceLock::new();
     DEVICES.get_or_init(|| {
-        let device = |flags| File::from(make(c"stasis", flags).ok()?).metadata().ok().map(|meta| meta.dev());
-        [0, libc::MFD_HUGETLB].into_iter().filter_map(device).collect()
+        let device = |shift| {
+            File::from(make(c"stasis", huge_flag(shift)).ok()?).metadata().ok().map(|meta| meta.dev())
+        };
+        [0, 21, 30].into_iter().filter_map(device).collect()
     })
 }
 
-/// Whether a file is made of hugetlb pages.
-pub fn is_hugetlb(file: BorrowedFd<'_>) -> io::Result<bool> {
+/// log2 of the size of the hugetlb pages that a file is made of; 0 if it is not.
+pub fn huge_shift(file: BorrowedFd<'_>) -> io::Result<u32> {
     let mut statfs = std::mem::MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: room for a struct statfs.
     check(unsafe { libc::fstatfs(file.as_raw_fd(), statfs.as_mut_ptr()) })?;
     // SAFETY: fstatfs has filled it.
-    Ok(unsafe { statfs.assume_init() }.f_type == libc::HUGETLBFS_MAGIC)
+    let statfs = unsafe { statfs.assume_init() };
+    // Of hugetlbfs, a block is a page (hugetlbfs_statfs in fs/hugetlbfs/inode.c).
+    Ok(if statfs.f_type == libc::HUGETLBFS_MAGIC { statfs.f_bsize.trailing_zeros() } else { 0 })
+}
+
+/// Writes to a file by mapping it: those of hugetlb pages cannot be written otherwise. `size` of a page; `data` lies in one.
+pub fn write_mapped(file: &File, data: &[u8], offset: u64, size: u64) -> io::Result<()> {
+    let start = offset / size * size;
+    let length = usize::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    if offset - start + data.len() as u64 > size {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let (access, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let page = unsafe {
+        libc::mmap(std::ptr::null_mut(), length, access, libc::MAP_SHARED, fd, start.cast_signed())
+    };
+    if page == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // By a system call, to which a page that cannot be had is an error; a store of ours would be killed by SIGBUS.
+    let result = copy_by_kernel(data, page as u64 + (offset - start));
+    // SAFETY: the mapping made above, into which nobody has a reference.
+    unsafe { libc::munmap(page, length) };
+    result
+}
+
+/// Copies `data` to an address of this process (process_vm_writev(2)).
+fn copy_by_kernel(data: &[u8], to: u64) -> io::Result<()> {
+    let from = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
+    let to = libc::iovec { iov_base: to as *mut _, iov_len: data.len() };
+    // SAFETY: the kernel checks the target; nothing but a mapping of the caller's lies there.
+    let copied = unsafe { libc::process_vm_writev(libc::getpid(), &raw const from, 1, &raw const to, 1, 0) };
+    match usize::try_from(copied) {
+        Ok(copied) if copied == data.len() => Ok(()),
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The magic link to a descriptor of this process.

@@ -4,8 +4,9 @@
 //! descriptors. The contents go into a blob, holes left out. Seals come last, in `settle`, when the
 //! mappings are there: `F_SEAL_FUTURE_WRITE` forbids new ones. `F_SEAL_WRITE` comes at once: it forbids them all.
 //!
-//! **Not kept:** preallocated pages without data (fallocate(2)), and change time. Memory files made of hugetlb pages, or
-//! locked, are refused by name.
+//! Those of hugetlb pages can be written by mapping them only, and do not tell their holes: pages that are all zeros are left out.
+//!
+//! **Not kept:** preallocated pages without data (fallocate(2)), and change time. Locked memory files are refused by name.
 
 use stasis_plugin_api::{
     Described, Descriptor, Dumped, HandleInfo, HookError, Host, ObjectInfo, Result, Selector, export_plugin,
@@ -45,11 +46,7 @@ impl Descriptor for MemoryFiles {
             && kernel::devices().contains(&handle.dev)
     }
 
-    fn describe(&self, _: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
-        if kernel::is_hugetlb(fd).map_err(|error| HookError::failed("fstatfs of a memory file", error))? {
-            let remedy = "let the program use plain or transparent huge pages";
-            return Err(HookError::unsupported("memfd", "it is made of hugetlb pages", remedy));
-        }
+    fn describe(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
         // fs/locks.c, show_fd_locks: one line per lock.
         if handle.fdinfo.lines().any(|line| line.starts_with("lock:")) {
             return Err(HookError::unsupported("memfd", "it is locked", "let the program unlock it"));

@@ -22,7 +22,7 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> HookError {
 pub fn create(host: &Host<'_>, object: &ObjectInfo, record: &MemoryFile) -> Result<Vec<OwnedFd>> {
     let name = CString::new(record.name.clone())
         .map_err(|_| HookError::invalid("the name of a memory file has a NUL in it"))?;
-    let file = kernel::create(&name).map(File::from).map_err(failed("memfd_create"))?;
+    let file = kernel::create(&name, record.huge_shift).map(File::from).map_err(failed("memfd_create"))?;
     file.set_len(record.size).map_err(failed("set the size of a memory file"))?;
     fill(host, object, record, &file)?;
     // A writable mapping cannot exist, nor be sealed later; one made now of a writable description cannot write.
@@ -35,6 +35,10 @@ pub fn create(host: &Host<'_>, object: &ObjectInfo, record: &MemoryFile) -> Resu
 }
 
 fn fill(host: &Host<'_>, object: &ObjectInfo, record: &MemoryFile, file: &File) -> Result<()> {
+    // Sizes of hugetlb pages: 2 MiB and 1 GiB (arch/x86/mm/hugetlbpage.c).
+    if ![0, 21, 30].contains(&record.huge_shift) {
+        return Err(HookError::invalid(format!("a page of 2^{} bytes", record.huge_shift)));
+    }
     let name = blob(object);
     let mut reader = host.blob_reader(&name);
     let mut buffer = vec![0; CHUNK.min(record.size) as usize];
@@ -45,7 +49,11 @@ fn fill(host: &Host<'_>, object: &ObjectInfo, record: &MemoryFile, file: &File) 
         while offset < end {
             let part = &mut buffer[..CHUNK.min(end - offset) as usize];
             reader.read_exact(part).map_err(failed("read the contents of a memory file"))?;
-            file.write_all_at(part, offset).map_err(failed("write a memory file"))?;
+            match record.huge_shift {
+                0 => file.write_all_at(part, offset).map_err(failed("write a memory file"))?,
+                shift => kernel::write_mapped(file, part, offset, 1 << shift)
+                    .map_err(failed("write hugetlb pages (are there enough? see vm.nr_hugepages)"))?,
+            }
             offset += part.len() as u64;
         }
     }

@@ -16,7 +16,7 @@ fn kit() -> Kit {
 }
 
 fn file(name: &std::ffi::CStr) -> File {
-    File::from(kernel::create(name).unwrap())
+    File::from(kernel::create(name, 0).unwrap())
 }
 
 fn of(kit: &Kit, number: i32) -> File {

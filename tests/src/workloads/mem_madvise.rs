@@ -3,7 +3,7 @@
 use crate::ctl::{Ctl, Outcome, same};
 use crate::sys::{Map, PAGE};
 
-const ADVICE: [i32; 7] = [
+const ADVICE: [i32; 8] = [
     libc::MADV_DONTFORK,
     libc::MADV_WIPEONFORK,
     libc::MADV_DONTDUMP,
@@ -11,6 +11,7 @@ const ADVICE: [i32; 7] = [
     libc::MADV_NOHUGEPAGE,
     libc::MADV_SEQUENTIAL,
     libc::MADV_RANDOM,
+    libc::MADV_MERGEABLE,
 ];
 
 /// Sets up, waits, checks.

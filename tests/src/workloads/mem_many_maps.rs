@@ -1,9 +1,9 @@
-//! 20,000 mappings: one page each, protections alternating so that none merges.
+//! 60,000 mappings, nearly as many as a process may have (vm.max_map_count): one page each, protections alternating so that none merges.
 
 use crate::ctl::{Ctl, Outcome, same};
 use crate::sys::{Map, PAGE, RW, word};
 
-const COUNT: usize = 20_000;
+const COUNT: usize = 60_000;
 
 /// Sets up, waits, checks.
 pub fn run(ctl: &Ctl) -> Outcome {
@@ -16,7 +16,7 @@ pub fn run(ctl: &Ctl) -> Outcome {
         }
     }
     if ctl.wait()? {
-        map.page(19_999).put(8, 0);
+        map.page(COUNT - 1).put(8, 0);
     }
     for n in 0..COUNT {
         same("one of many pages", map.page(n).get(8), word(71, n))?;

@@ -11,12 +11,20 @@ use crate::sys::{self, cvt, errno_of, fcntl};
 
 /// memfd_create(2), with seals allowed.
 pub fn create(name: &CStr) -> Outcome<File> {
+    create_with(name, libc::MFD_ALLOW_SEALING)
+}
+
+fn create_with(name: &CStr, flags: u32) -> Outcome<File> {
     // SAFETY: the name ends with NUL, and the descriptor is new.
     unsafe {
-        let fd = cvt(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING))?;
+        let fd = cvt(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags))?;
         Ok(File::from(OwnedFd::from_raw_fd(fd)))
     }
 }
+
+/// Since Linux 6.3 (include/uapi/linux/memfd.h, fcntl.h).
+const MFD_NOEXEC_SEAL: u32 = 8;
+const F_SEAL_EXEC: i32 = 0x20;
 
 /// Another description of the same file.
 pub fn reopen(file: &File, options: &OpenOptions) -> Outcome<File> {
@@ -47,6 +55,9 @@ pub fn run(ctl: &Ctl) -> Outcome {
     let all = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
     fcntl(&sealed, libc::F_ADD_SEALS, all)?;
     sealed.set_permissions(fs::Permissions::from_mode(0o640))?;
+    let unexecutable = create_with(c"not executable", MFD_NOEXEC_SEAL)?;
+    unexecutable.write_all_at(b"data", 0)?;
+    let exec_seals = seals(&unexecutable)?;
     let empty = create(c"")?;
     let shared = create(c"shared")?;
     let child = ctl.child("sharer", |ctl| {
@@ -78,6 +89,12 @@ pub fn run(ctl: &Ctl) -> Outcome {
     same("mode", sealed.metadata()?.mode() & 0o7777, 0o640)?;
     same("a sealed file", errno_of(&sealed.write_at(b"x", 0)), libc::EPERM)?;
     same("sealed contents", sys::read(reopen(&sealed, OpenOptions::new().read(true))?.as_fd(), 99)?, b"as it is".to_vec())?;
+    same("seals against execution", seals(&unexecutable)?, exec_seals)?;
+    if exec_seals & F_SEAL_EXEC != 0 {
+        let executable = unexecutable.set_permissions(fs::Permissions::from_mode(0o777));
+        same("making it executable", errno_of(&executable), libc::EPERM)?;
+        same("writing to it", unexecutable.write_at(b"DATA", 0)?, 4)?;
+    }
     same("empty", (empty.metadata()?.len(), seals(&empty)?), (0, 0))?;
     let link = fs::read_link(format!("/proc/self/fd/{}", sparse.as_raw_fd()))?;
     same("name", link.to_string_lossy().as_ref(), "/memfd:sparse file (deleted)")?;

@@ -69,6 +69,12 @@ workloads! {
     mem_full_table: "memory of a process that can open nothing more";
     mem_no_fork: "a process that may not fork";
     mem_madvise: "settings made by madvise";
+    mem_guards: "guard regions in mappings of every kind";
+    mem_sealed: "sealed memory";
+    mem_droppable: "memory that the kernel may drop";
+    mem_hugetlb: "hugetlb pages, private and shared, with a child";
+    mem_locked: "locked memory: at once, on fault, without access, and all that is to come";
+    mem_zero_device: "/dev/zero and files mapped without reserve";
     mem_stack: "a deep stack, held while frozen and unwound after";
     mem_growsdown: "a mapping that grows downwards";
     mem_heap: "the brk heap, grown and shrunk afterwards";
@@ -76,7 +82,7 @@ workloads! {
     mem_cow_children: "copy-on-write memory still shared by parent and children";
     mem_cow_orphans: "copy-on-write memory still shared by siblings whose parent is dead";
     mem_vdso: "time through the vdso at its old address";
-    mem_many_maps: "20,000 mappings", heavy;
+    mem_many_maps: "60,000 mappings", heavy;
     mem_2gib: "2 GiB of memory", heavy;
     threads: "threads with names, masks, thread-local values and joins";
     threads_registers: "register contents up to AVX-512, held in a loop";
@@ -146,6 +152,7 @@ workloads! {
     mqueue: "message queues with a name, by several descriptions, with messages", host;
     memfd: "memory files: holes, positions, several descriptions, seals, modes";
     memfd_mapped: "memory files that several tasks map, open or not; private mappings; sealed ones";
+    memfd_hugetlb: "memory files of hugetlb pages, open and mapped";
     pidfd: "descriptors of tasks that run, have ended, and are gone";
     devices: "memory devices";
     unix_pair: "connected unix sockets, credentials and a pipe's end in flight";

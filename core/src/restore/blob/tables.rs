@@ -119,6 +119,8 @@ impl Tables {
             advices: self.put(&moves.advices),
             names: self.put(&names),
             locks: self.put(&moves.locks),
+            seals: self.put(&moves.seals),
+            lock_future: moves.lock_future.into(),
             layout,
             close: self.put(&options.close),
             actions: self.put(&actions),

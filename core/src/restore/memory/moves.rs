@@ -23,12 +23,16 @@ pub struct RestorerMoves {
     pub gaps: Vec<Span>,
     /// Protections that differ from those the mappings were made with.
     pub protects: Vec<Setting>,
-    /// Advice.
+    /// Advice, and guard regions.
     pub advices: Vec<Setting>,
     /// Names of anonymous memory.
     pub names: Vec<(Span, Vec<u8>)>,
     /// Locked memory.
     pub locks: Vec<Setting>,
+    /// `MCL_*` of mlockall(2) for mappings to come.
+    pub lock_future: u32,
+    /// Sealed memory.
+    pub seals: Vec<Span>,
     /// First address of vvar and vdso; 0: the task has none.
     pub vdso: u64,
     /// Layout of the memory map, without auxiliary vector and executable.
@@ -46,6 +50,8 @@ const ADVICE: [(VmaAdvice, i32); 6] = [
     (VmaAdvice::Sequential, libc::MADV_SEQUENTIAL),
     (VmaAdvice::Random, libc::MADV_RANDOM),
 ];
+/// Since Linux 6.13 (include/uapi/asm-generic/mman-common.h).
+const MADV_GUARD_INSTALL: u32 = 102;
 const HUGE_ADVICE: [(VmaAdvice, i32); 2] =
     [(VmaAdvice::Hugepage, libc::MADV_HUGEPAGE), (VmaAdvice::Nohugepage, libc::MADV_NOHUGEPAGE)];
 
@@ -81,11 +87,16 @@ impl RestorerMoves {
                         moves.gaps.push(span(end..vma.start));
                     }
                     end = vma.end;
-                    moves.vma(vma, region);
+                    moves.vma(vma, region, &plan.guards);
                 }
             }
         }
         moves.keep = join(std::mem::take(&mut moves.keep));
+        for guard in &plan.guards {
+            moves.advices.push(Setting { span: span(guard.clone()), value: MADV_GUARD_INSTALL, tolerate: 0 });
+        }
+        let sealed = plan.map.vmas.iter().filter(|vma| has(vma, VmaAdvice::Sealed));
+        moves.seals.extend(sealed.map(|vma| span(vma.start..vma.end)));
         // One kind after another, so that neighbours with the same advice are joined.
         moves.advices.sort_by_key(|advice| (advice.value, advice.span.start));
         let special = |kinds: &[VmaKind]| {
@@ -111,6 +122,7 @@ impl RestorerMoves {
             ..Layout::default()
         };
         moves.auxv.clone_from(&map.auxv);
+        moves.lock_future = map.lock_future & (libc::MCL_FUTURE | libc::MCL_ONFAULT) as u32;
         moves
     }
 
@@ -120,16 +132,12 @@ impl RestorerMoves {
             let arena = arenas.range(home);
             self.moves.push(Move { from: arena.start, to: home.start, len: home.end - home.start });
             self.keep.push(arena);
-        } else if let Backing::Anonymous { grows_down, no_reserve } = region.backing {
-            let flags = libc::MAP_PRIVATE
-                | libc::MAP_ANONYMOUS
-                | if grows_down { libc::MAP_GROWSDOWN } else { 0 }
-                | if no_reserve { libc::MAP_NORESERVE } else { 0 };
+        } else if let Backing::Anonymous { flags } = region.backing {
             self.maps.push(Map { span: span(home.clone()), prot: region.prot, flags: flags as u32 });
         }
     }
 
-    fn vma(&mut self, vma: &Vma, region: &Region) {
+    fn vma(&mut self, vma: &Vma, region: &Region, guards: &[Range<u64>]) {
         // A segment's further mappings have the protection of the first.
         let made = match region.backing {
             Backing::Segment { .. } => (libc::PROT_READ | libc::PROT_WRITE) as u32,
@@ -157,7 +165,10 @@ impl RestorerMoves {
         if has(vma, VmaAdvice::Locked) {
             let on_fault = has(vma, VmaAdvice::Lockonfault);
             let flags = if on_fault { libc::MLOCK_ONFAULT } else { 0 };
-            push(&mut self.locks, vma, flags, vma.prot == 0);
+            // Neither without access nor at a guard region can the kernel populate what it has locked.
+            let guarded = guards.get(guards.partition_point(|guard| guard.end <= vma.start));
+            let guarded = guarded.is_some_and(|guard| guard.start < vma.end);
+            push(&mut self.locks, vma, flags, vma.prot == 0 || guarded);
         }
     }
 }

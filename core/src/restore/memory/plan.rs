@@ -43,6 +43,8 @@ pub struct MapPlan {
     pub regions: Vec<Region>,
     /// Its pages, ascending.
     pub pages: Vec<Extent>,
+    /// Its guard regions, ascending.
+    pub guards: Vec<Range<u64>>,
 }
 
 /// A shared segment, mapped once in the root task.
@@ -54,6 +56,8 @@ pub struct SegmentPlan {
     pub size: u64,
     /// MAP_NORESERVE.
     pub no_reserve: bool,
+    /// Hugetlb pages of 2^huge_shift bytes; 0: none.
+    pub huge_shift: u32,
     /// Its pages, by offset.
     pub pages: Vec<Extent>,
 }
@@ -94,12 +98,14 @@ impl MemoryPlan {
     pub fn new(records: Records<'_>, occupied: &[Range<u64>]) -> Result<Self, MemoryError> {
         let mut pages: BTreeMap<u32, (Vec<Extent>, Vec<bool>)> = BTreeMap::new();
         let mut segment_pages: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
+        let mut guards: BTreeMap<u32, Vec<Range<u64>>> = BTreeMap::new();
         for record in records.pages {
             let (extents, shares) = extents(record)?;
             if record.mm == 0 {
                 segment_pages.insert(record.segment, extents);
             } else {
                 pages.insert(record.mm, (extents, shares));
+                guards.insert(record.mm, record.guards.iter().map(|guard| guard.start..guard.end).collect());
             }
         }
         let mut maps = BTreeMap::new();
@@ -110,7 +116,8 @@ impl MemoryPlan {
             let regions = regions(map, &present)?;
             check_pages(map, &regions, &present)?;
             shares.insert(map.id, share);
-            maps.insert(map.id, MapPlan { map: map.clone(), regions, pages: extents });
+            let guards = guards.remove(&map.id).unwrap_or_default();
+            maps.insert(map.id, MapPlan { map: map.clone(), regions, pages: extents, guards });
         }
         if let Some((&id, _)) = pages.iter().next() {
             return Err(MemoryError::Missing { what: "memory map", id, map: id });
@@ -137,7 +144,8 @@ impl MemoryPlan {
                 return Err(MemoryError::Damaged { map: 0, what: "a page beyond its segment", address });
             }
             let no_reserve = unreserved.contains(&segment.id);
-            segments.insert(segment.id, SegmentPlan { address, size, no_reserve, pages });
+            let huge_shift = segment.huge_shift;
+            segments.insert(segment.id, SegmentPlan { address, size, no_reserve, huge_shift, pages });
         }
         if let Some((&id, _)) = segment_pages.iter().next() {
             return Err(MemoryError::Missing { what: "shared segment", id, map: 0 });

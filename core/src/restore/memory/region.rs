@@ -12,10 +12,8 @@ const GAP: u64 = 16 * PAGE;
 pub enum Backing {
     /// Private anonymous memory.
     Anonymous {
-        /// MAP_GROWSDOWN.
-        grows_down: bool,
-        /// MAP_NORESERVE.
-        no_reserve: bool,
+        /// `MAP_*` for mmap(2): the type of mapping included.
+        flags: i32,
     },
     /// A private mapping of a file: `base` is the address at which the file would begin.
     PrivateFile {
@@ -23,6 +21,8 @@ pub enum Backing {
         file: u32,
         /// Address of offset 0.
         base: i64,
+        /// MAP_NORESERVE, or 0.
+        no_reserve: i32,
     },
     /// A shared mapping of a file.
     SharedFile {
@@ -30,6 +30,8 @@ pub enum Backing {
         file: u32,
         /// Offset of the region.
         offset: u64,
+        /// MAP_NORESERVE, or 0.
+        no_reserve: i32,
     },
     /// Part of a shared anonymous segment.
     Segment {
@@ -47,6 +49,33 @@ impl Backing {
     pub fn is_private(self) -> bool {
         matches!(self, Self::Anonymous { .. } | Self::PrivateFile { .. })
     }
+
+    /// Whether its pages can be put there by userfaultfd(2), 4 KiB each.
+    pub fn is_plain(self) -> bool {
+        matches!(self, Self::Anonymous { flags } if flags & (libc::MAP_TYPE | libc::MAP_HUGETLB) == libc::MAP_PRIVATE)
+    }
+}
+
+/// Since Linux 6.11 (include/uapi/linux/mman.h).
+const MAP_DROPPABLE: i32 = 8;
+
+/// The flag of mmap(2) that asks for hugetlb pages of 2^shift bytes; none for 0.
+pub fn huge_flags(shift: u32) -> i32 {
+    if shift == 0 {
+        0
+    } else {
+        libc::MAP_HUGETLB | ((shift as i32 & libc::MAP_HUGE_MASK) << libc::MAP_HUGE_SHIFT)
+    }
+}
+
+fn no_reserve(vma: &Vma) -> i32 {
+    if has(vma, VmaAdvice::Noreserve) { libc::MAP_NORESERVE } else { 0 }
+}
+
+fn anonymous_flags(vma: &Vma) -> i32 {
+    let kind = if has(vma, VmaAdvice::Droppable) { MAP_DROPPABLE } else { libc::MAP_PRIVATE };
+    let grows_down = if vma.grows_down { libc::MAP_GROWSDOWN } else { 0 };
+    kind | libc::MAP_ANONYMOUS | grows_down | no_reserve(vma) | huge_flags(vma.huge_shift)
 }
 
 /// A run of mappings that one mmap(2) makes; the restorer unmaps the gaps in it.
@@ -73,13 +102,14 @@ pub fn has(vma: &Vma, advice: VmaAdvice) -> bool {
 
 fn backing(vma: &Vma) -> Option<Backing> {
     Some(match vma.kind() {
-        VmaKind::PrivateAnonymous => {
-            Backing::Anonymous { grows_down: vma.grows_down, no_reserve: has(vma, VmaAdvice::Noreserve) }
-        }
+        VmaKind::PrivateAnonymous => Backing::Anonymous { flags: anonymous_flags(vma) },
         VmaKind::PrivateFile => {
-            Backing::PrivateFile { file: vma.file, base: vma.start.wrapping_sub(vma.offset) as i64 }
+            let base = vma.start.wrapping_sub(vma.offset) as i64;
+            Backing::PrivateFile { file: vma.file, base, no_reserve: no_reserve(vma) }
         }
-        VmaKind::SharedFile => Backing::SharedFile { file: vma.file, offset: vma.offset },
+        VmaKind::SharedFile => {
+            Backing::SharedFile { file: vma.file, offset: vma.offset, no_reserve: no_reserve(vma) }
+        }
         VmaKind::SharedAnonymous => Backing::Segment { segment: vma.file, offset: vma.offset },
         VmaKind::Plugin => Backing::Plugin,
         // The restorer asks the kernel for these.
@@ -116,7 +146,7 @@ pub fn regions(map: &MemoryMap, pages: &[Range<u64>]) -> Result<Vec<Region>, Mem
         last_end = vma.end;
         let first = pages.partition_point(|page| page.end <= vma.start);
         let contents = pages.get(first).is_some_and(|page| page.start < vma.end);
-        let anonymous = matches!(backing, Backing::Anonymous { grows_down: false, .. });
+        let anonymous = backing.is_plain() && !vma.grows_down;
         // Joined to writable ones it would count against the commit limit, and it is often a reservation larger than the
         // machine's memory.
         let reserve = vma.prot & libc::PROT_WRITE as u32 == 0 && !contents && !has(vma, VmaAdvice::Accounted);

@@ -5,7 +5,7 @@ use super::families::{Extent, Fill};
 use super::fill::{self, Job, PageFiles};
 use super::moves::RestorerMoves;
 use super::plan::{MapPlan, MemoryPlan, TaskPlan};
-use super::region::{Backing, Region};
+use super::region::{Backing, Region, huge_flags};
 use super::{MemoryError, PAGE};
 use crate::image::records::{MappedFile, Vma};
 use std::collections::HashMap;
@@ -66,7 +66,7 @@ impl<'a> TaskMemory<'a> {
         for component in self.task.premap.iter().filter_map(|&index| self.plan.components.get(index)) {
             let writable = (libc::PROT_READ | libc::PROT_WRITE) as u32;
             self.map(&component.home, component.backing, component.huge, writable, false, &mut opened)?;
-            if matches!(component.backing, Backing::Anonymous { .. }) {
+            if component.backing.is_plain() {
                 fresh.push(self.plan.arenas.range(&component.home));
             }
         }
@@ -119,7 +119,7 @@ impl<'a> TaskMemory<'a> {
                 let may_write = map.map.vmas.get(region.vmas.start).is_some_and(|vma| vma.may_write);
                 self.map(&region.home, region.backing, region.huge, region.prot, may_write, &mut opened)?;
             }
-            if region.contents && matches!(region.backing, Backing::Anonymous { .. }) {
+            if region.contents && region.backing.is_plain() {
                 anonymous.push(self.plan.arenas.range(&region.home));
             }
         }
@@ -150,7 +150,8 @@ impl<'a> TaskMemory<'a> {
             let range = segment.address..segment.address + segment.size;
             let flags = libc::MAP_SHARED
                 | libc::MAP_ANONYMOUS
-                | if segment.no_reserve { libc::MAP_NORESERVE } else { 0 };
+                | if segment.no_reserve { libc::MAP_NORESERVE } else { 0 }
+                | huge_flags(segment.huge_shift);
             self.mmap(&range, &range, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
             let job = |extent: &Extent| Job {
                 home: extent.home.clone(),
@@ -180,7 +181,11 @@ impl<'a> TaskMemory<'a> {
         if got as u64 == arena.start {
             Ok(())
         } else {
-            Err(MemoryError::last("mapping the memory", home, self.pid))
+            let operation = match flags & libc::MAP_HUGETLB {
+                0 => "mapping the memory",
+                _ => "mapping hugetlb pages (are there enough? see vm.nr_hugepages)",
+            };
+            Err(MemoryError::last(operation, home, self.pid))
         }
     }
 
@@ -199,33 +204,32 @@ impl<'a> TaskMemory<'a> {
         let missing = |what, id| MemoryError::Missing { what, id, map: self.task.map.unwrap_or(0) };
         let file = |id| self.plan.files.get(&id).ok_or(missing("mapped file", id));
         match backing {
-            Backing::Anonymous { grows_down, no_reserve } => {
-                let flags = libc::MAP_PRIVATE
-                    | libc::MAP_ANONYMOUS
-                    | if grows_down { libc::MAP_GROWSDOWN } else { 0 }
-                    | if no_reserve { libc::MAP_NORESERVE } else { 0 };
+            Backing::Anonymous { flags } => {
                 self.mmap(home, &arena, prot, flags, -1, 0)?;
                 self.advise_huge(home, huge)
             }
-            Backing::PrivateFile { file: id, base } => {
+            Backing::PrivateFile { file: id, base, no_reserve } => {
                 let fd = opened.get(file(id)?, false)?;
                 let offset = home.start.wrapping_sub(base as u64);
-                self.mmap(home, &arena, prot, libc::MAP_PRIVATE, fd, offset)
+                self.mmap(home, &arena, prot, libc::MAP_PRIVATE | no_reserve, fd, offset)
             }
-            Backing::SharedFile { file: id, offset } => {
+            Backing::SharedFile { file: id, offset, no_reserve } => {
                 let write = may_write || prot & libc::PROT_WRITE != 0;
                 let fd = opened.get(file(id)?, write)?;
-                self.mmap(home, &arena, prot, libc::MAP_SHARED, fd, offset)
+                self.mmap(home, &arena, prot, libc::MAP_SHARED | no_reserve, fd, offset)
             }
             Backing::Segment { segment: id, offset } => {
                 let segment = self.plan.segments.get(&id).ok_or(missing("shared segment", id))?;
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
                 let size = (arena.end - arena.start) as usize;
-                // SAFETY: with an old size of 0 a shared mapping is mapped once more; the arena is ours.
+                // Hugetlb pages cannot be mapped once more; but neither could the task that has them from its parent.
+                let old_size = if segment.huge_shift == 0 { 0 } else { size };
+                // SAFETY: with an old size of 0 a shared mapping is mapped once more, else a part of it goes, which this task
+                // needs nowhere else; the arena is ours.
                 let got = unsafe {
                     libc::mremap(
                         (segment.address + offset) as *mut _,
-                        0,
+                        old_size,
                         size,
                         flags,
                         arena.start as *mut libc::c_void,
