@@ -87,7 +87,7 @@ pub fn run(ctl: &Ctl) -> Outcome {
     maps[3].1.advise(libc::MADV_DONTFORK)?;
     // Fails at the first guard, but locks.
     // SAFETY: no Rust object lives in a `Map`.
-    unsafe { libc::mlock2(maps[4].1.addr as *mut _, maps[4].1.len, libc::MLOCK_ONFAULT as _) };
+    unsafe { libc::mlock2(maps[4].1.addr as *mut _, maps[4].1.len, libc::MLOCK_ONFAULT) };
     // More than is copied without a snapshot, so that the guards are looked for there.
     let large = Map::anon(3000 * PAGE)?;
     large.fill(9);

@@ -51,7 +51,7 @@ pub fn run(ctl: &Ctl) -> Outcome {
     on_fault.part(0, PAGE).fill(2);
     hidden.fill(3);
     lock(&locked, 0)?;
-    lock(&on_fault, libc::MLOCK_ONFAULT as u32)?;
+    lock(&on_fault, libc::MLOCK_ONFAULT)?;
     lock(&hidden, 0)?;
     hidden.protect(libc::PROT_NONE)?;
     let resident = (locked.resident()?, on_fault.resident()?);
