@@ -380,7 +380,12 @@ fn check_vmas(known: &Known<'_>, place: Place, map: &MemoryMap) -> Check {
 /// Sizes of hugetlb pages: 2 MiB and 1 GiB (arch/x86/mm/hugetlbpage.c).
 fn check_huge(place: Place, shift: u32, start: u64, end: u64) -> Check {
     place.field("size of hugetlb pages", shift, [0, 21, 30].contains(&shift))?;
-    place.range("mapping of hugetlb pages", start, end, shift == 0 || (start | end) % (1 << shift) == 0)
+    place.range(
+        "mapping of hugetlb pages",
+        start,
+        end,
+        shift == 0 || (start | end).is_multiple_of(1 << shift),
+    )
 }
 
 /// Extents lie in the mappings (or in the segment) and in the page files, in ascending order.
