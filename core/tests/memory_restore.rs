@@ -84,7 +84,7 @@ fn one_task_with_everything() {
     let mut image = Builder::new(&[(1, 0), (2, 1)]);
     let path = PathRef { path: file.path().as_os_str().as_bytes().to_vec(), ..PathRef::default() };
     image.files.push(MappedFile { id: 1, path: Some(path), writable: true, handle: 0 });
-    image.segments.push(SharedSegment { id: 1, size: 4 * PAGE, inode: 5 });
+    image.segments.push(SharedSegment { id: 1, size: 4 * PAGE, inode: 5, huge_shift: 0 });
     let low = 0x1234_0000_0000;
     let many = 0x2222_2220_0000;
     let thp = 0x3333_4000_0000;

@@ -88,6 +88,9 @@ workloads! {
     threads_registers: "register contents up to AVX-512, held in a loop";
     threads_rseq_robust: "robust list, rseq area and clear_child_tid";
     threads_futex: "a thread that waits on a futex without end";
+    futex_waiters: "waits on futexes: plain, bitset, several words, shared memory";
+    futex_locks: "locks with priority inheritance, owners and waiters";
+    futex_robust: "robust locks whose owners end afterwards, and the word cleared at the end of a thread";
     threads_dead_leader: "a process whose first thread has ended";
     threads_credentials: "threads with credentials of their own";
     threads_scheduling: "threads under every scheduling policy";
