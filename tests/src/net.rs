@@ -1,7 +1,7 @@
 //! Socket calls of workloads.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// Makes a socket.
@@ -36,8 +36,8 @@ pub fn set_bytes(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> io::Resu
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// bind(2).
-pub fn bind(fd: &OwnedFd, address: SocketAddr) -> io::Result<()> {
+/// A `sockaddr`.
+fn raw(address: SocketAddr) -> Vec<u8> {
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let mut place = (family as u16).to_ne_bytes().to_vec();
     place.extend(address.port().to_be_bytes());
@@ -46,8 +46,34 @@ pub fn bind(fd: &OwnedFd, address: SocketAddr) -> io::Result<()> {
         IpAddr::V6(host) => place.extend([&[0; 4][..], &host.octets()].concat()),
     }
     place.resize(28, 0);
+    place
+}
+
+/// bind(2).
+pub fn bind(fd: &OwnedFd, address: SocketAddr) -> io::Result<()> {
+    let place = raw(address);
     // SAFETY: the kernel reads the vector.
     let result = unsafe { libc::bind(fd.as_raw_fd(), place.as_ptr().cast(), place.len() as libc::socklen_t) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// connect(2).
+pub fn connect(fd: impl AsFd, address: SocketAddr) -> io::Result<()> {
+    let (place, fd) = (raw(address), fd.as_fd().as_raw_fd());
+    // SAFETY: the kernel reads the vector.
+    let result = unsafe { libc::connect(fd, place.as_ptr().cast(), place.len() as libc::socklen_t) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// shutdown(2) of any socket.
+pub fn shutdown(fd: impl AsFd, how: Shutdown) -> io::Result<()> {
+    let how = match how {
+        Shutdown::Read => libc::SHUT_RD,
+        Shutdown::Write => libc::SHUT_WR,
+        Shutdown::Both => libc::SHUT_RDWR,
+    };
+    // SAFETY: no pointers.
+    let result = unsafe { libc::shutdown(fd.as_fd().as_raw_fd(), how) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -3,6 +3,7 @@
 //! Everything works on a descriptor in the calling process, which on dump is a duplicate of the tree's.
 
 pub mod datagrams;
+pub mod diag;
 pub mod filter;
 pub mod inject;
 pub mod multicast;
@@ -181,6 +182,52 @@ pub fn namespace(fd: BorrowedFd<'_>) -> Result<File> {
     let fd = result.map_err(|e| HookError::failed("SIOCGSKNS", e).remedy("needs CAP_NET_ADMIN"))?;
     // SAFETY: the kernel just gave us this descriptor.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// Does something in a net namespace, by a thread that enters it and ends.
+pub fn in_namespace<T: Send + 'static>(
+    namespace: &File,
+    job: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    if namespace.metadata()?.ino() == fs::metadata("/proc/self/ns/net")?.ino() {
+        return job();
+    }
+    let namespace = namespace.try_clone()?;
+    let enter = move || {
+        // SAFETY: changes this thread alone, which ends below.
+        check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) })?;
+        job()
+    };
+    std::thread::spawn(enter).join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+}
+
+/// Whether a task whose /proc/PID is `proc` can have CAP_NET_ADMIN in its net namespace when it is restored: that is owned by its
+/// user namespace or one below (user_namespaces(7)), or its user namespace is ours, so that it is restored with our powers.
+pub fn may_administer(proc: &OwnedFd) -> Result<bool> {
+    const NS_GET_USERNS: libc::c_ulong = 0xb701;
+    const NS_GET_PARENT: libc::c_ulong = 0xb702;
+    let failed = |error| HookError::failed("looking at the owner of a net namespace", error);
+    let open = |name: &str| File::open(format!("/proc/self/fd/{}/ns/{name}", proc.as_raw_fd()));
+    let number = |file: &File| Ok::<_, HookError>(file.metadata().map_err(failed)?.ino());
+    let above = |file: &File, request| {
+        // SAFETY: the requests take no argument.
+        let fd = check(unsafe { libc::ioctl(file.as_raw_fd(), request) })?;
+        // SAFETY: the kernel just gave us this descriptor.
+        Ok::<_, io::Error>(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+    };
+    let user = number(&open("user").map_err(failed)?)?;
+    if user == fs::metadata("/proc/self/ns/user").map_err(failed)?.ino() {
+        return Ok(true);
+    }
+    let mut owner = above(&open("net").map_err(failed)?, NS_GET_USERNS);
+    // Above ours nothing can be seen (EPERM).
+    while let Ok(namespace) = owner {
+        if number(&namespace)? == user {
+            return Ok(true);
+        }
+        owner = above(&namespace, NS_GET_PARENT);
+    }
+    Ok(false)
 }
 
 /// Refuses a socket of another net namespace than that of its holder, whose /proc/PID is `proc`.

@@ -157,6 +157,11 @@ impl Kit {
         Ok(self.objects.len())
     }
 
+    /// Calls something that wants a host.
+    pub fn with_host<T>(&self, call: impl FnOnce(&crate::Host<'_>) -> Result<T>) -> Result<T> {
+        self.host.call(|host| call(&crate::Host::new(host)))
+    }
+
     /// Runs `commit` of every object dumped.
     pub fn commit(&self) -> Result<()> {
         for object in &self.objects {

@@ -8,7 +8,7 @@ use crate::{
 use stasis_plugin_api::{
     Dumped, HookError, Host, ObjectInfo, Result,
     socket::{
-        self, filter,
+        self, diag, filter,
         options::{self, IPV4, IPV6, REUSE, SOCKET, Spec},
     },
 };
@@ -53,6 +53,7 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
     let events = socket::poll(fd, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP).map_err(failed("poll"))?;
     refuse_unseen(fd, &info, events, label)?;
     let domain = socket::get_int(fd, libc::SOL_SOCKET, libc::SO_DOMAIN).map_err(failed("SO_DOMAIN"))?;
+    refuse_keys(fd, domain, handle.ino, label)?;
     let mut record = Socket {
         domain,
         local: socket::local_address(fd).map_err(failed("getsockname"))?,
@@ -74,6 +75,11 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
     saved.retain(|option| !MULTICAST.contains(&(option.level, option.name)));
     let option = |o: options::Saved| Saved { level: o.level, name: o.name, value: o.value };
     record.options = saved.into_iter().map(option).collect();
+    if shape == Shape::Connected && !socket::may_administer(&proc)? {
+        let why = "it is connected, and its net namespace belongs to a user namespace above its holder's";
+        let remedy = "end the connection with --tcp-close, or give the tree a net namespace of its own";
+        return Err(HookError::unsupported(label, why, remedy));
+    }
     if shape == Shape::Connected {
         // Beyond what the peer's FIN brings about.
         let deaf = events & libc::POLLRDHUP != 0 && !state::fin_received(info.state);
@@ -96,6 +102,21 @@ fn refuse_unseen(fd: BorrowedFd<'_>, info: &Info, events: i16, label: &str) -> R
         return refuse("an upper layer (TCP_ULP, such as TLS) is attached", "");
     }
     Ok(())
+}
+
+/// Refuses sockets whose segments are signed: the keys can be seen in part only (TCP-MD5, RFC 2385), or are counted on (TCP-AO,
+/// RFC 5925).
+fn refuse_keys(fd: BorrowedFd<'_>, domain: i32, ino: u64, label: &str) -> Result<()> {
+    const TCP_AO_INFO: i32 = 40;
+    let refuse = |what: &str| {
+        let why = format!("{what} is in use on it");
+        Err(HookError::unsupported(label, why, "run the program without signed segments"))
+    };
+    if socket::get_option(fd, libc::IPPROTO_TCP, TCP_AO_INFO, 24).is_ok() {
+        return refuse("TCP-AO");
+    }
+    let told = diag::inet(fd, domain, libc::IPPROTO_TCP, ino)?;
+    if told.is_some_and(|told| told.has_md5_keys) { refuse("TCP-MD5") } else { Ok(()) }
 }
 
 fn shape(

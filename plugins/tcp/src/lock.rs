@@ -16,7 +16,7 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     sync::{Mutex, MutexGuard, PoisonError},
@@ -91,20 +91,6 @@ fn own_namespace() -> io::Result<u64> {
     Ok(std::fs::metadata("/proc/self/ns/net")?.ino())
 }
 
-/// A netlink socket in a namespace, made by a thread that enters it and ends.
-fn open_in(namespace: &File) -> io::Result<OwnedFd> {
-    if namespace.metadata()?.ino() == own_namespace()? {
-        return nft::open();
-    }
-    let namespace = namespace.try_clone()?;
-    let enter = move || {
-        // SAFETY: changes this thread alone, which ends below.
-        socket::check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) })?;
-        nft::open()
-    };
-    std::thread::spawn(enter).join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
-}
-
 impl State {
     fn paths(&self, namespace: u64) -> Vec<Path> {
         let of_it = self.connections.values().filter(|(number, _)| *number == namespace);
@@ -121,7 +107,7 @@ impl State {
         self.table = format!("stasis-{:016x}", u64::from_ne_bytes(random));
         host.blob_writer(NAME).write_all(self.table.as_bytes()).map_err(failed)?;
         for (number, namespace) in &self.namespaces {
-            let netlink = open_in(namespace).map_err(failed)?;
+            let netlink = socket::in_namespace(namespace, nft::open).map_err(failed)?;
             // Held by the guardian until every socket is as it was.
             host.undo(netlink.as_fd(), &[])?;
             nft::send(&netlink, &nft::lock(&self.table, &self.paths(*number), true)).map_err(failed)?;
@@ -243,5 +229,51 @@ impl Lifecycle for NetworkLock {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stasis_plugin_api::testing::Kit;
+
+    fn with_blob(name: &str, bytes: &[u8]) -> Kit {
+        let kit = Kit::new();
+        kit.host.blobs.borrow_mut().insert(name.to_owned(), bytes.to_vec());
+        kit
+    }
+
+    #[test]
+    fn the_list_of_connections_is_read_back_and_a_damaged_one_refused() {
+        let one = Locked { handle: 7, local: vec![1; 16], peer: vec![2; 16], reuse_address: true };
+        let two = Locked { handle: 8, ..Locked::default() };
+        let bytes = [&one, &two].map(|locked| locked.encode_length_delimited_to_vec()).concat();
+        let read = |bytes: &[u8]| with_blob(CONNECTIONS, bytes).with_host(connections);
+        assert_eq!(read(&bytes).unwrap(), [one, two]);
+        assert!(read(&[]).unwrap().is_empty());
+        assert!(read(&bytes[..bytes.len() - 1]).is_err());
+        assert!(read(&[255; 30]).is_err());
+    }
+
+    #[test]
+    fn only_tables_of_our_own_are_removed() {
+        for name in ["filter", "stasis-../x", "stasis-12 34", ""] {
+            with_blob(NAME, name.as_bytes()).with_host(lift_kept).unwrap();
+        }
+    }
+
+    #[test]
+    fn both_directions_of_a_connection_are_locked() {
+        let address = |last: u8, port: u16| {
+            let mut bytes = (libc::AF_INET as u16).to_ne_bytes().to_vec();
+            bytes.extend(port.to_be_bytes());
+            bytes.extend([127, 0, 0, last]);
+            bytes.resize(16, 0);
+            bytes
+        };
+        let [there, back] = directions(&address(1, 80), &address(2, 81)).unwrap();
+        assert_eq!((there.from, there.to), (back.to, back.from));
+        assert_eq!(there.from, ([127, 0, 0, 1].into(), 80));
+        assert!(directions(&[], &[]).is_none());
     }
 }

@@ -231,3 +231,120 @@ fn first_error(mut answer: &[u8]) -> std::option::Option<i32> {
         answer = answer.get(length.next_multiple_of(4).max(16)..)?;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stasis_plugin_api::socket::inject::Path;
+    use std::{
+        io::{ErrorKind, Read, Write},
+        net::{TcpListener, TcpStream},
+        time::Duration,
+    };
+
+    /// Messages of a batch: kind and length.
+    fn messages(mut batch: &[u8]) -> Vec<(u16, usize)> {
+        let mut found = Vec::new();
+        while let Some(head) = batch.first_chunk::<8>() {
+            let length = u32::from_ne_bytes([head[0], head[1], head[2], head[3]]) as usize;
+            found.push((u16::from_ne_bytes([head[4], head[5]]), length));
+            batch = &batch[length..];
+        }
+        assert!(batch.is_empty(), "{} bytes behind the last message", batch.len());
+        found
+    }
+
+    #[test]
+    fn batches_are_whole_and_attributes_stay_below_their_limit() {
+        let path = |port| Path { from: ([127, 0, 0, 1].into(), port), to: ([127, 0, 0, 1].into(), 9) };
+        let paths: Vec<Path> = (0..20_000).map(path).collect();
+        let batch = lock("stasis-0", &paths, true);
+        let kinds = messages(&batch);
+        assert_eq!((kinds[0].0, kinds[kinds.len() - 1].0), (BATCH_BEGIN, BATCH_END));
+        assert_eq!(kinds.iter().filter(|(kind, _)| *kind == NEW_ELEMENTS).count(), 40);
+        assert!(kinds.iter().all(|(_, length)| *length < 1 << 16));
+        assert_eq!(messages(&unlock("stasis-0")).len(), 3);
+    }
+
+    #[test]
+    fn the_first_error_of_an_answer_is_found() {
+        let answer = |kind: u16, error: i32| {
+            let mut bytes = 20u32.to_ne_bytes().to_vec();
+            bytes.extend(kind.to_ne_bytes());
+            bytes.extend([0; 10]);
+            bytes.extend(error.to_ne_bytes());
+            bytes
+        };
+        assert_eq!(first_error(&[answer(2, 0), answer(2, -libc::EPERM)].concat()), Some(libc::EPERM));
+        assert_eq!(first_error(&[answer(2, 0), answer(3, -1)].concat()), None);
+        assert_eq!(first_error(&[1, 2, 3]), None);
+    }
+
+    /// A net namespace of this thread's own, with a loopback device that is up.
+    fn enter_namespace() -> bool {
+        // SAFETY: changes this thread alone.
+        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+            return false;
+        }
+        let Ok(socket) = socket::socket(libc::AF_INET, libc::SOCK_DGRAM, 0) else { return false };
+        // SAFETY: zeros are valid.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        (request.ifr_name[0], request.ifr_name[1]) = (b'l' as libc::c_char, b'o' as libc::c_char);
+        request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+        // SAFETY: the kernel reads one ifreq.
+        unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) == 0 }
+    }
+
+    fn passes(from: &mut TcpStream, to: &mut TcpStream) -> bool {
+        from.write_all(b"x").unwrap();
+        match to.read(&mut [0]) {
+            Ok(length) => length == 1,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                false
+            }
+        }
+    }
+
+    #[test]
+    fn a_lock_holds_for_its_connections_alone_and_goes_with_its_owner() {
+        let play = || {
+            if !enter_namespace() {
+                eprintln!("skipped: needs CAP_NET_ADMIN");
+                return;
+            }
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let pair = || {
+                let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                let other = listener.accept().unwrap().0;
+                other.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+                (one, other)
+            };
+            let (mut one, mut other) = pair();
+            let (mut free, mut free_peer) = pair();
+            assert!(passes(&mut one, &mut other));
+            let here = |address: std::net::SocketAddr| (address.ip(), address.port());
+            let (local, peer) = (here(one.local_addr().unwrap()), here(one.peer_addr().unwrap()));
+            let paths = [Path { from: local, to: peer }, Path { from: peer, to: local }];
+            let owner = open().unwrap();
+            send(&owner, &lock("stasis-1", &paths, true)).unwrap();
+            assert!(!passes(&mut one, &mut other));
+            assert!(passes(&mut free, &mut free_peer));
+            // One that stays, beside it.
+            let netlink = open().unwrap();
+            send(&netlink, &lock("stasis-2", &paths, false)).unwrap();
+            drop(owner);
+            assert!(!passes(&mut one, &mut other));
+            drop(netlink);
+            assert!(!passes(&mut one, &mut other));
+            let netlink = open().unwrap();
+            send(&netlink, &unlock("stasis-2")).unwrap();
+            other.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            // What was held back is sent once more.
+            other.read_exact(&mut [0; 3]).unwrap();
+            let gone = send(&netlink, &unlock("stasis-2")).unwrap_err();
+            assert_eq!(gone.raw_os_error(), Some(libc::ENOENT));
+        };
+        std::thread::spawn(play).join().unwrap();
+    }
+}

@@ -9,7 +9,7 @@ use stasis_plugin_api::{
     socket::{
         self,
         datagrams::{self, Datagram},
-        filter, multicast,
+        diag, filter, multicast,
         options::{self, REUSE},
     },
 };
@@ -55,22 +55,28 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
     saved.extend(options::read(fd, &[REUSE])?);
     let option = |o: options::Saved| Saved { level: o.level, name: o.name, value: o.value };
     let memberships = multicast::read(fd, &proc, label)?;
+    let local = socket::local_address(fd).map_err(failed("getsockname"))?;
+    // Without a port it is in no table of the kernel's.
+    let told = match socket::port(&local) {
+        0 => None,
+        _ => diag::inet(fd, domain, protocol, handle.ino)?,
+    };
     Ok(Dumped::new(Socket {
         domain,
         protocol,
-        local: socket::local_address(fd).map_err(failed("getsockname"))?,
+        local,
         peer: socket::peer_address(fd).map_err(failed("getpeername"))?.unwrap_or_default(),
         options: saved.into_iter().map(option).collect(),
         filter: filter::read(fd, label)?,
         filter_locked: filter::is_locked(fd),
         uid: socket::owner(fd, &proc)?,
-        shutdown: shutdown(state),
+        shutdown: shutdown(state) | told.map_or(0, |told| told.shutdown),
         queue: queue.into_iter().map(record).collect(),
         memberships: memberships.into_iter().map(membership).collect(),
     }))
 }
 
-/// Both directions show as a hang-up; the sending one alone cannot be seen, and hinders nobody but the sender.
+/// Both directions show as a hang-up; the sending one alone is for sock_diag to tell.
 fn shutdown(state: i16) -> u32 {
     match state {
         state if state & libc::POLLHUP != 0 => 3,

@@ -161,6 +161,9 @@ workloads! {
     unix_pair: "connected unix sockets, credentials and a pipe's end in flight";
     tcp_listen: "TCP sockets that are not connected: listening, in groups, bound, unbound, ended";
     tcp_connected: "TCP connections: megabytes in their queues, half closed, IPv4, IPv6, mapped", flags("--tcp-established");
+    tcp_states: "TCP connections in LAST_ACK, CLOSING, SYN_SENT", flags("--tcp-established");
+    tcp_server: "an echo server whose clients are outside the tree", guest;
+    tcp_ended: "connections that end with the dump, and a listener", guest;
     udp_sockets: "UDP sockets with queues, senders, options, peers and memberships";
     unix_server: "a server with listeners of every kind and three clients";
     unix_datagrams: "datagrams with their senders, connected sockets, peers that are gone";

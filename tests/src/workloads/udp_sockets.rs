@@ -44,6 +44,11 @@ pub fn run(ctl: &Ctl) -> Outcome {
     sender.send_to(b"from the peer", connected.local_addr()?)?;
     connected.send(b"to the peer")?;
 
+    // It may not send any more, but still hears.
+    let mute = net::udp("127.0.0.1:0", &[])?;
+    mute.connect(sender.local_addr()?)?;
+    net::shutdown(&mute, std::net::Shutdown::Write)?;
+
     // Two at one port: the connected one has a queue of its own.
     let group = [(SOL_SOCKET, libc::SO_REUSEADDR, 1), (SOL_SOCKET, libc::SO_REUSEPORT, 1)];
     let first = net::udp("127.0.0.1:0", &group)?;
@@ -94,6 +99,9 @@ pub fn run(ctl: &Ctl) -> Outcome {
     same("peek offset", net::get(&options, SOL_SOCKET, libc::SO_PEEK_OFF)?, 3)?;
     same("buffer", net::get(&options, SOL_SOCKET, libc::SO_RCVBUF)?, 100_000)?;
     same("reuse", net::get(&four, SOL_SOCKET, libc::SO_REUSEADDR)?, 0)?;
+    same("a send that was shut down", mute.send(b"x").map_err(|error| error.kind()), Err(io::ErrorKind::BrokenPipe))?;
+    sender.send_to(b"to the mute", mute.local_addr()?)?;
+    same("mute", next(&mute)?, (b"to the mute".to_vec(), from))?;
     // They go on working.
     sender.send_to(b"again", four.local_addr()?)?;
     same("again", next(&four)?, (b"again".to_vec(), from))?;
