@@ -12,7 +12,7 @@ use crate::{
     files::{
         Names,
         names::Allowed,
-        table::{Handles, read_table},
+        table::{Entry, Handles, read_table},
     },
     image::records::{self, Header, MemoryMap},
     machine,
@@ -21,7 +21,7 @@ use crate::{
     plugins::Wanted,
     proc::mappings,
     task::{self, ProcessContext, TaskPaths},
-    tree::{Found, FsGroups, NamespaceMap, Process, Tree, sharing},
+    tree::{Found, NamespaceMap, Process, Sharing, Tree, sharing},
 };
 use nix::time::{ClockId, clock_gettime};
 use stasis_plugin_api::VmaInfo;
@@ -36,10 +36,10 @@ pub(super) struct FrozenTree {
     /// Executable, working directory and root of each living process.
     paths: Vec<TaskPaths>,
     contexts: HashMap<i32, ProcessContext>,
-    /// Number of each living process' memory map and descriptor table, by pid as stasis sees it.
+    /// Number of each living process, by pid as stasis sees it; of its memory map, too, and of what it is the first to have
+    /// of several that share it.
     numbers: HashMap<i32, u32>,
-    /// Who shares root, cwd and umask.
-    fs_groups: FsGroups,
+    sharing: Sharing,
     /// Mappings of plugins: (index of the process among the living, index of the mapping, plugin, kind).
     plugin_mappings: Vec<(usize, usize, String, String, VmaInfo)>,
 }
@@ -64,11 +64,14 @@ pub(super) fn seize(context: &Context<'_>) -> Result<Vec<Found>, DumpError> {
 pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenTree, DumpError> {
     let tree = Tree::read(found)?;
     tree.check_leaders(context.options.shell_job)?;
-    let fs_groups = sharing(&tree)?;
+    let sharing = sharing(&tree)?;
     let namespaces = NamespaceMap::read(&tree)?;
     let living: Vec<&Process> = tree.living().collect();
+    let owner = |pid: i32| sharing.files.get(&pid).copied().unwrap_or(pid);
     let facts = parallel::map(&living, |process| -> Result<_, DumpError> {
-        Ok((mappings::read(&process.proc)?, read_table(&process.proc)?))
+        let owns = owner(process.host_pid) == process.host_pid;
+        let table = if owns { read_table(&process.proc)? } else { Vec::new() };
+        Ok((mappings::read(&process.proc)?, table))
     })?;
     let root = tree.root();
     let (mounts, users) = (namespaces.is_foreign("mnt", root), namespaces.is_foreign("user", root));
@@ -82,7 +85,7 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
     let mut paths = Vec::with_capacity(living.len());
     let mut memory = Vec::with_capacity(living.len());
     let mut handles = Handles::default();
-    let mut tables = BTreeMap::new();
+    let mut tables: BTreeMap<i32, Vec<Entry>> = BTreeMap::new();
     for (process, (mappings, descriptors)) in living.iter().zip(facts) {
         memory.push(describe::describe(&process.proc, mappings, &mut objects)?);
         paths.push(TaskPaths::read(&process.proc, &mut objects.names, |what, link, refusal| {
@@ -90,7 +93,12 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
             let (place, remedy) = (what.to_owned(), refusal.remedy());
             missing.push(unclaimed(&tree, process.host_pid, place, text, remedy));
         })?);
-        tables.insert(process.host_pid, handles.add_table(process.host_pid, process.worker(), descriptors)?);
+        // Who shares a table comes after the one that had it first.
+        let table = match tables.get(&owner(process.host_pid)) {
+            Some(shared) => handles.add_sharer(process.host_pid, shared),
+            None => handles.add_table(process.host_pid, process.worker(), descriptors)?,
+        };
+        tables.insert(process.host_pid, table);
     }
     let numbers = living.iter().zip(1..).map(|(process, number)| (process.host_pid, number)).collect();
     drop(living);
@@ -102,7 +110,7 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
         paths,
         contexts: HashMap::new(),
         numbers,
-        fs_groups,
+        sharing,
         plugin_mappings: Vec::new(),
     };
     frozen.claim(context, &mut missing)?;
@@ -150,9 +158,14 @@ impl FrozenTree {
         Ok(())
     }
 
-    /// Number of a process' memory map and descriptor table.
+    /// Number of a process' memory map.
     pub fn number(&self, host_pid: i32) -> u32 {
         self.numbers.get(&host_pid).copied().unwrap_or_default()
+    }
+
+    /// Number of a process' descriptor table.
+    pub fn table_number(&self, host_pid: i32) -> u32 {
+        self.number(self.sharing.files.get(&host_pid).copied().unwrap_or(host_pid))
     }
 
     /// How the tree's user namespace calls a user.
@@ -196,9 +209,10 @@ impl FrozenTree {
         let described = parallel::map(&living, |&(process, paths)| {
             let found = self.contexts.get(&process.host_pid).unwrap_or(&empty);
             let number = self.number(process.host_pid);
-            let fs = self.fs_groups.get(&process.host_pid).copied().unwrap_or_default();
+            let fs = self.sharing.fs.get(&process.host_pid).map_or(0, |&first| self.number(first));
+            let ids = task::Ids { memory: number, files: self.table_number(process.host_pid), fs };
             Ok::<_, DumpError>((
-                task::describe(process, found, &self.namespaces, paths, number, fs)?,
+                task::describe(process, found, &self.namespaces, paths, ids)?,
                 task::memory_map(process, found, number)?,
             ))
         })?;

@@ -215,7 +215,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     frozen_tree.write(context)?;
     resources::namespaces(context, &frozen_tree.namespaces)?;
     resources::objects(context)?;
-    resources::tables(context, |pid| frozen_tree.number(pid), |uid| frozen_tree.uid_inside(uid))?;
+    resources::tables(context, |pid| frozen_tree.table_number(pid), |uid| frozen_tree.uid_inside(uid))?;
     resources::tasks(context)?;
     passed("records written");
     context.check_interrupted()?;

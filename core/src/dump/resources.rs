@@ -186,7 +186,8 @@ pub(super) fn tables(
             in_flight: handle.holders.is_empty(),
         })?;
     }
-    for (&pid, table) in &inventory.tables {
+    let mut tables = HashSet::new();
+    for (&pid, table) in inventory.tables.iter().filter(|(pid, _)| tables.insert(ids(**pid))) {
         let descriptors = table.iter().map(|entry| records::Descriptor {
             number: entry.number as u32,
             handle: Inventory::handle_id(entry.handle),

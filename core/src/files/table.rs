@@ -94,6 +94,14 @@ impl Handles {
         Ok(entries)
     }
 
+    /// Enters a process that shares a table that is known: its entries.
+    pub fn add_sharer(&mut self, pid: i32, table: &[Entry]) -> Vec<Entry> {
+        for entry in table {
+            self.all[entry.handle].holders.push((pid, entry.number, entry.cloexec));
+        }
+        table.to_vec()
+    }
+
     /// Enters a description that is in flight inside another object: the index of it, whether known before or not.
     pub fn add_in_flight(&mut self, fd: OwnedFd) -> Result<usize, ProcError> {
         let own = ProcDir::open_self()?;

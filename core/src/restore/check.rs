@@ -62,8 +62,11 @@ fn tasks(plans: &Plans) -> Result<()> {
         if memory.insert(task.mm, task.pid).is_some() {
             return refuse("memory shared with another process (CLONE_VM)");
         }
-        if task.fs != 0 && !forked_by_sharer(plans, task) {
+        if task.fs != 0 && !forked_by_sharer(plans, task, |task| task.fs) {
             return refuse("root and cwd shared with a process that cannot fork it (CLONE_FS)");
+        }
+        if !forked_by_sharer(plans, task, |task| task.files) {
+            return refuse("a descriptor table shared with a process that cannot fork it (CLONE_FILES)");
         }
         if task.threads.is_empty() {
             return refuse("a process without threads");
@@ -72,9 +75,9 @@ fn tasks(plans: &Plans) -> Result<()> {
     Ok(())
 }
 
-/// Whether a process that shares its directories is forked by another that has them, or is the first of all those.
-fn forked_by_sharer(plans: &Plans, task: &Task) -> bool {
-    let shares = |other: &Task| other.fs == task.fs && other.pid != task.pid && !other.zombie;
+/// Whether a process is forked by another that has the same `what`, or is the first of all those.
+fn forked_by_sharer(plans: &Plans, task: &Task, what: fn(&Task) -> u32) -> bool {
+    let shares = |other: &Task| what(other) == what(task) && other.pid != task.pid && !other.zombie;
     let Some(node) = plans.tree.find(task.pid) else { return false };
     let creator = plans.tree.nodes[node].creator.and_then(|creator| plans.task(creator));
     if creator.is_some_and(shares) {

@@ -64,6 +64,8 @@ pub struct DescriptorPlan {
     pub link: Vec<Phase>,
     /// Settle phase, by object.
     pub settle: Vec<Phase>,
+    /// Nodes that share a descriptor table (CLONE_FILES), and the one of them that fills it: the first.
+    pub sharers: BTreeMap<usize, usize>,
     /// Numbers for our own descriptors: fixed ones first, then parked handles.
     pub service: ServiceNumbers,
 }
@@ -74,14 +76,6 @@ pub enum DescriptorPlanError {
     /// Objects that wait for each other.
     #[error("these resources of the image must each be created before the other: {}", .0.join(", "))]
     Cycle(Vec<String>),
-    /// Two tasks with one table.
-    #[error("tasks {first} and {second} share one descriptor table, which cannot be restored yet")]
-    SharedTable {
-        /// One.
-        first: i32,
-        /// The other.
-        second: i32,
-    },
     /// An actor that is no process of the plan.
     #[error("{resource} must be restored by process {pid}, which is not there")]
     Actor {
@@ -112,6 +106,7 @@ struct Planner<'a> {
     holder: BTreeMap<u32, usize>,
     /// Objects that name a handle in `uses` or `after`.
     user: BTreeMap<u32, u32>,
+    sharers: BTreeMap<usize, usize>,
 }
 
 impl DescriptorPlan {
@@ -124,8 +119,9 @@ impl DescriptorPlan {
         own: i32,
         limit: i32,
     ) -> Result<Self, DescriptorPlanError> {
-        let mut planner = Planner { image, tree, holder: BTreeMap::new(), user: BTreeMap::new() };
-        planner.find_holders()?;
+        let mut planner =
+            Planner { image, tree, holder: BTreeMap::new(), user: BTreeMap::new(), sharers: BTreeMap::new() };
+        planner.find_holders();
         let creator_of_object: BTreeMap<u32, usize> = image
             .objects
             .values()
@@ -154,7 +150,8 @@ impl DescriptorPlan {
         let link = phase(&|object| object.link_as)?;
         let settle = phase(&|object| object.settle_as)?;
         let service = planner.service(own, limit)?;
-        Ok(Self { creations, levels, creator, link, settle, service })
+        let sharers = planner.sharers;
+        Ok(Self { creations, levels, creator, link, settle, sharers, service })
     }
 
     /// Pids that helpers must have: for hooks to run as, and dead ones of which files below /proc are open.
@@ -168,15 +165,17 @@ impl DescriptorPlan {
 }
 
 impl Planner<'_> {
-    fn find_holders(&mut self) -> Result<(), DescriptorPlanError> {
-        let mut owners: BTreeMap<u32, i32> = BTreeMap::new();
+    fn find_holders(&mut self) {
+        let mut owners: BTreeMap<u32, usize> = BTreeMap::new();
         for (number, node) in self.tree.nodes.iter().enumerate() {
             let NodeKind::Task(at) = node.kind else { continue };
             let table = self.image.tasks[at].files;
-            if let Some(&first) = owners.get(&table).filter(|_| table != 0) {
-                return Err(DescriptorPlanError::SharedTable { first, second: node.pid });
+            // Nodes are in the order of their creation.
+            let first = *owners.entry(table).or_insert(number);
+            if first != number {
+                self.sharers.extend([(number, first), (first, first)]);
+                continue;
             }
-            owners.insert(table, node.pid);
             for descriptor in self.image.tables.get(&table).map_or(&[][..], |table| &table.descriptors) {
                 self.holder.entry(descriptor.handle).or_insert(number);
             }
@@ -186,7 +185,6 @@ impl Planner<'_> {
                 self.user.entry(handle).or_insert(object.id);
             }
         }
-        Ok(())
     }
 
     fn actor(

@@ -16,6 +16,7 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 /// Flags that fcntl(2) can set later.
@@ -37,6 +38,17 @@ pub struct TaskDescriptors<'a> {
     /// Numbers of each handle that this task holds.
     numbers: BTreeMap<u32, Vec<(i32, bool)>>,
     parked: Vec<i32>,
+    /// The node that fills the table, if it is shared (CLONE_FILES).
+    filler: Option<usize>,
+}
+
+/// While this lives, nobody else puts descriptors into a table that is shared.
+struct Turn(&'static AtomicU32);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.store(0, Ordering::Release);
+    }
 }
 
 impl<'a> TaskDescriptors<'a> {
@@ -52,7 +64,26 @@ impl<'a> TaskDescriptors<'a> {
                 .push((descriptor.number as i32, descriptor.cloexec));
         }
         let pid = world.plans.tree.nodes[node].pid;
-        Self { world, node, pid, name: task.map(task_name).unwrap_or_default(), numbers, parked: Vec::new() }
+        let filler = world.plans.descriptors.sharers.get(&node).copied();
+        let name = task.map(task_name).unwrap_or_default();
+        Self { world, node, pid, name, numbers, parked: Vec::new(), filler }
+    }
+
+    /// Whether another task puts the descriptors of this one at their numbers.
+    fn is_filled_by_another(&self) -> bool {
+        self.filler.is_some_and(|filler| filler != self.node)
+    }
+
+    /// In a shared table a number that one task has for the moment must not be one that another fills.
+    fn turn(&self) -> Result<Option<Turn>> {
+        let Some(slot) = self.filler.and_then(|filler| self.world.shared.slot(filler)) else {
+            return Ok(None);
+        };
+        while slot.table.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            self.world.shared.check()?;
+            std::thread::yield_now();
+        }
+        Ok(Some(Turn(&slot.table)))
     }
 
     fn failed(&self, operation: impl Into<String>) -> impl FnOnce(io::Error) -> RestoreError {
@@ -76,6 +107,7 @@ impl<'a> TaskDescriptors<'a> {
             if creation.node != self.node || !wanted(creation) {
                 continue;
             }
+            let _turn = self.turn()?;
             match creation.item {
                 Item::File(id) => self.create_file(id)?,
                 Item::Object(id) => self.create_object(id, creation.early)?,
@@ -185,7 +217,7 @@ impl<'a> TaskDescriptors<'a> {
         for (id, fd) in fds {
             let home =
                 self.numbers.get(&id).is_some_and(|n| n.iter().any(|(number, _)| *number == fd.as_raw_fd()));
-            let park = early || !self.numbers.contains_key(&id);
+            let park = early || self.is_filled_by_another() || !self.numbers.contains_key(&id);
             // Among several, one may sit where another belongs.
             if park || several && !home {
                 up.push((id, self.move_up(fd)?, park))
@@ -238,6 +270,9 @@ impl<'a> TaskDescriptors<'a> {
 
     /// Takes duplicates of all handles that other tasks created, and of our own early ones.
     pub fn pull(&mut self) -> Result<()> {
+        if self.is_filled_by_another() {
+            return Ok(());
+        }
         let descriptors = &self.world.plans.descriptors;
         let mut creators: BTreeMap<usize, OwnedFd> = BTreeMap::new();
         for &id in self.numbers.keys() {

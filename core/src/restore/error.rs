@@ -189,7 +189,6 @@ impl RestoreError {
             ) => 4,
             Self::Tree(TreeError::Session { .. }) | Self::Unsupported { .. } => 3,
             Self::Tree(_) | Self::Descriptors(DescriptorPlanError::Cycle(_)) => 4,
-            Self::Descriptors(DescriptorPlanError::SharedTable { .. }) => 3,
             Self::Plugins(_) => 5,
             Self::Hook(error) if error.source.kind == ErrorKind::Unsupported => 3,
             Self::Hook(error) if error.source.kind == ErrorKind::BadRecord => 4,

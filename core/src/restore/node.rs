@@ -114,13 +114,15 @@ impl<'a> Life<'a> {
         let exit_signal = record.map_or(libc::SIGCHLD, |task| task.exit_signal);
         let own = world.plans.task(self.node);
         let shares = own.zip(record).is_some_and(|(own, child)| own.fs != 0 && own.fs == child.fs);
-        let flags = if shares { libc::CLONE_FS as u64 } else { 0 };
+        let sharers = &world.plans.descriptors.sharers;
+        let table = sharers.get(&self.node);
+        let same_table = table.is_some() && sharers.get(&child) == table;
+        let flags = [(shares, libc::CLONE_FS), (same_table, libc::CLONE_FILES)];
+        let flags = flags.iter().filter(|(set, _)| *set).map(|&(_, flag)| flag as u64).sum();
         match fork_as(world, flags, exit_signal, pid) {
             Ok(0) => {
-                // What a leader created early is for the leader.
-                let closed = sys::close_range(world.parking, u32::MAX);
+                let closed = if same_table { Ok(()) } else { close_inherited(world, table.is_some()) };
                 let result = closed
-                    .map_err(RestoreError::system("close inherited descriptors"))
                     .and_then(|()| Ok(memory.into_child(memory_pid(&world.plans.tree, child))?))
                     .and_then(|memory| Life::new(world, child).live(memory));
                 root::end(world.shared, result)
@@ -221,7 +223,8 @@ impl<'a> Life<'a> {
             self.barrier(count)?;
         }
         descriptors.pull()?;
-        if !plans.image.objects.is_empty() {
+        // Who shares a table may open something again only when it is full.
+        if !plans.image.objects.is_empty() || !plans.descriptors.sharers.is_empty() {
             self.barrier(count)?;
             descriptors.link()?;
         }
@@ -420,9 +423,16 @@ impl<'a> Life<'a> {
                 what: "so large a tree",
             });
         };
-        let mut close = self.world.own.clone();
-        close.extend(self.world.ghosts.get().into_iter().flat_map(Ghosts::descriptors));
-        close.push(exe);
+        let mut close = vec![exe];
+        let sharers = &self.world.plans.descriptors.sharers;
+        if !sharers.is_empty() {
+            // Nobody needs what all have from the first process any more, so in a shared table one can close it.
+            self.barrier(self.world.plans.tree.live_tasks())?;
+        }
+        if sharers.get(&self.node).is_none_or(|filler| *filler == self.node) {
+            close.extend(&self.world.own);
+            close.extend(self.world.ghosts.get().into_iter().flat_map(Ghosts::descriptors));
+        }
         let parent = self.world.plans.image.task(task.ppid);
         let late_death_signals = parent.is_some_and(|parent| parent.dead_leader);
         let options = RestorerOptions { exe, close, status: &raw const slot.status, late_death_signals };
@@ -436,6 +446,16 @@ impl<'a> Life<'a> {
         self.world.shared.check()?;
         call.enter()
     }
+}
+
+/// In a new process: what a leader created early is for the leader. If the table that this one is a copy of is shared, it
+/// may also hold what others have open for the moment.
+fn close_inherited(world: &World, was_shared: bool) -> Result<()> {
+    if was_shared {
+        let ghosts = world.ghosts.get().into_iter().flat_map(Ghosts::descriptors);
+        return root::close_all_but(world.own.iter().copied().chain(ghosts).collect());
+    }
+    sys::close_range(world.parking, u32::MAX).map_err(RestoreError::system("close inherited descriptors"))
 }
 
 /// Forks a task, or a helper with any pid that the image does not use.

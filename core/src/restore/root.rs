@@ -107,7 +107,7 @@ fn wait_for_permission(permission: OwnedFd) -> Result<()> {
 }
 
 /// Inherited descriptors, standard input and output among them, are none of the image's.
-fn close_all_but(kept: BTreeSet<i32>) -> Result<()> {
+pub fn close_all_but(kept: BTreeSet<i32>) -> Result<()> {
     let close = |first: i32, last: u32| {
         sys::close_range(first, last).map_err(RestoreError::system("close inherited descriptors"))
     };

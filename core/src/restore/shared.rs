@@ -38,6 +38,8 @@ pub struct Slot {
     pub region_start: AtomicU64,
     /// First address after it; 0 as long as there is none.
     pub region_end: AtomicU64,
+    /// Taken by the task that puts something into the descriptor table of this one, which it shares.
+    pub table: AtomicU32,
     /// Entry, arguments and stack of the code that arms the timers; 0 if there are none.
     pub arming: [AtomicU64; 3],
 }
@@ -121,8 +123,10 @@ impl Shared {
     }
 
     /// What node `number` of the tree plan tells.
-    pub fn slot(&self, number: usize) -> Option<&Slot> {
-        self.area().slots.get(number)
+    pub fn slot(&self, number: usize) -> Option<&'static Slot> {
+        // SAFETY: as in `names`.
+        let area: &'static Area = unsafe { &*self.area.as_ptr() };
+        area.slots.get(number)
     }
 
     /// Number of barriers passed.

@@ -80,6 +80,17 @@ impl TaskPaths {
     }
 }
 
+/// Numbers of what a process may share with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ids {
+    /// Its memory map.
+    pub memory: u32,
+    /// Its descriptor table.
+    pub files: u32,
+    /// Root, cwd and umask; 0 if it shares them with nobody.
+    pub fs: u32,
+}
+
 /// The record of a process that is not dead. `id` numbers its memory map and descriptor table, `fs` those with whom it shares its
 /// directories.
 pub fn describe(
@@ -87,8 +98,7 @@ pub fn describe(
     context: &ProcessContext,
     namespaces: &NamespaceMap,
     paths: &TaskPaths,
-    id: u32,
-    fs: u32,
+    ids: Ids,
 ) -> Result<records::Task, TaskError> {
     refuse_unsupported(process)?;
     let proc = &process.proc;
@@ -108,8 +118,8 @@ pub fn describe(
         exit_signal: process.exit_signal,
         exit_status: if dead_leader { process.exit_code } else { 0 },
         dead_leader,
-        mm: id,
-        files: id,
+        mm: ids.memory,
+        files: ids.files,
         exe: Some(paths.exe.clone()),
         cwd: Some(paths.cwd.clone()),
         root: Some(paths.root.clone()),
@@ -127,7 +137,7 @@ pub fn describe(
             .map(|(kind, id)| records::Namespace { kind: kind.into(), id })
             .collect(),
         threads,
-        fs,
+        fs: ids.fs,
         login_uid: process.proc.read_text("loginuid").ok().and_then(|text| text.trim().parse().ok()),
         oom_score_adj: number(proc, "oom_score_adj")? as i32,
         child_subreaper: context.child_subreaper,

@@ -4,7 +4,7 @@ mod namespaces;
 mod sharing;
 
 pub use namespaces::{ForeignNamespace, IdTranslation, NamespaceMap};
-pub use sharing::{FsGroups, sharing};
+pub use sharing::{Sharing, sharing};
 
 use crate::proc::{
     ProcDir, ProcError,

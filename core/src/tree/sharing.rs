@@ -12,43 +12,62 @@ const OF_THREADS: &[(Resource, &str)] =
     &[(Resource::Files, "descriptor table"), (Resource::Fs, "root and cwd")];
 
 /// What processes may share by clone(2); pthread_create is not concerned.
-const OF_PROCESSES: &[(Resource, &str)] = &[
-    (Resource::Memory, "memory"),
-    (Resource::Files, "descriptor table"),
-    (Resource::SignalHandlers, "signal handlers"),
-];
+const OF_PROCESSES: &[(Resource, &str)] =
+    &[(Resource::Memory, "memory"), (Resource::SignalHandlers, "signal handlers")];
 
-/// Who shares root, cwd and umask with other processes (CLONE_FS): a number from 1 for each such group, by pid as stasis sees it.
-pub type FsGroups = HashMap<i32, u32>;
+/// What processes share by CLONE_FS or CLONE_FILES: the first of those who do, by pid as stasis sees them. Who shares with
+/// nobody is not in it.
+pub type Groups = HashMap<i32, i32>;
+
+/// What processes of the tree share, and restore can make them share again.
+#[derive(Debug, Default)]
+pub struct Sharing {
+    /// Root, cwd and umask.
+    pub fs: Groups,
+    /// The descriptor table.
+    pub files: Groups,
+}
 
 /// A process can share only with the one that forks it. So each of a group but one must be a child of another.
-fn fs_groups(tree: &Tree) -> Result<FsGroups, TreeError> {
-    let mut set = SharingSet::new(Resource::Fs);
+fn groups(tree: &Tree, resource: Resource, what: &'static str) -> Result<Groups, TreeError> {
+    let mut set = SharingSet::new(resource);
     let mut members: BTreeMap<i32, Vec<&Process>> = BTreeMap::new();
     for process in tree.living() {
         let first = set.find_or_insert((process.worker(), 0), process.host_pid)?;
         members.entry(first.unwrap_or(process.host_pid)).or_default().push(process);
     }
-    let mut groups = FsGroups::new();
-    for (number, group) in (1..).zip(members.into_values().filter(|group| group.len() > 1)) {
+    let mut groups = Groups::new();
+    for (first, group) in members.into_iter().filter(|(_, group)| group.len() > 1) {
         let child = |process: &&&Process| group.iter().any(|other| other.pid == process.ppid);
-        let first = group[0];
-        let own_root = first.proc.link("root")? != b"/";
-        if let Some(other) = group[1..].iter().find(|process| own_root || !child(process)) {
-            return Err(TreeError::Shared {
-                first: first.host_pid,
-                first_name: first.name.clone(),
-                second: other.host_pid,
-                what: if own_root { "root directory, which is not /" } else { "root and cwd" },
-            });
+        if let Some(other) = group[1..].iter().find(|process| !child(process)) {
+            return Err(shared(group[0], other, what));
         }
-        groups.extend(group.iter().map(|process| (process.host_pid, number)));
+        groups.extend(group.iter().map(|process| (process.host_pid, first)));
     }
     Ok(groups)
 }
 
-/// Refuses what is shared between processes, or not shared between threads, where restore would change it in silence.
-pub fn sharing(tree: &Tree) -> Result<FsGroups, TreeError> {
+fn shared(first: &Process, second: &Process, what: &'static str) -> TreeError {
+    let (first_name, second) = (first.name.clone(), second.host_pid);
+    TreeError::Shared { first: first.host_pid, first_name, second, what }
+}
+
+/// chroot(2) of one that shares would be that of all.
+fn refuse_own_root(tree: &Tree, fs: &Groups) -> Result<(), TreeError> {
+    for process in tree.living().filter(|process| fs.get(&process.host_pid) == Some(&process.host_pid)) {
+        let sharer = tree.living().find(|other| {
+            other.host_pid != process.host_pid && fs.get(&other.host_pid) == Some(&process.host_pid)
+        });
+        if let Some(sharer) = sharer.filter(|_| process.proc.link("root").is_ok_and(|root| root != b"/")) {
+            return Err(shared(process, sharer, "root directory, which is not /"));
+        }
+    }
+    Ok(())
+}
+
+/// Who shares what. Refuses what is shared between processes, or not shared between threads, where restore would change it
+/// in silence.
+pub fn sharing(tree: &Tree) -> Result<Sharing, TreeError> {
     for &(resource, what) in OF_PROCESSES {
         let mut set = SharingSet::new(resource);
         for process in tree.living() {
@@ -73,5 +92,7 @@ pub fn sharing(tree: &Tree) -> Result<FsGroups, TreeError> {
             }
         }
     }
-    fs_groups(tree)
+    let fs = groups(tree, Resource::Fs, "root and cwd")?;
+    refuse_own_root(tree, &fs)?;
+    Ok(Sharing { fs, files: groups(tree, Resource::Files, "descriptor table")? })
 }

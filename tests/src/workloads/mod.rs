@@ -114,6 +114,7 @@ workloads! {
     tree_fork_storm: "processes that fork all the time", unsteady;
     tree_300: "300 children", heavy;
     tree_shared_fs: "processes that share cwd and umask";
+    tree_shared_files: "processes that share a descriptor table, and one with a copy of it";
     wait_socket_timeout: "waits on sockets that have a timeout";
     fs_identity: "working directory, umask, personality and name";
     fs_chroot: "a root directory of its own", host;

@@ -17,7 +17,7 @@ fn place() -> Outcome<(PathBuf, u32)> {
 }
 
 /// clone(2) as fork(2) does it, with more flags; the child does `body` and exits.
-fn fork_with(flags: i32, body: impl FnOnce() -> Outcome) -> Outcome<i32> {
+pub(super) fn fork_with(flags: i32, body: impl FnOnce() -> Outcome) -> Outcome<i32> {
     // SAFETY: no CLONE_VM: a fork of a process with one thread.
     let pid = cvt_long(unsafe {
         libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0usize, 0usize, 0usize, 0usize)
@@ -30,7 +30,7 @@ fn fork_with(flags: i32, body: impl FnOnce() -> Outcome) -> Outcome<i32> {
     Ok(pid as i32)
 }
 
-fn join(pid: i32) -> Outcome {
+pub(super) fn join(pid: i32) -> Outcome {
     let mut status = 0;
     // SAFETY: the kernel writes one int.
     unsafe { libc::waitpid(pid, &mut status, 0) };
