@@ -29,6 +29,7 @@ pub mod nr {
     pub const MINCORE: u64 = 27;
     pub const MADVISE: u64 = 28;
     pub const NANOSLEEP: u64 = 35;
+    pub const GETITIMER: u64 = 36;
     pub const SETITIMER: u64 = 38;
     pub const EXIT: u64 = 60;
     pub const UMASK: u64 = 95;

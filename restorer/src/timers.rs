@@ -1,6 +1,6 @@
 //! Interval timers and POSIX timers: made early, while there is the power to, and armed last, so that they lose no time.
 
-use crate::proto::{Arguments, PosixTimer, Step};
+use crate::proto::{Arguments, Interval, PosixTimer, Step};
 use crate::sys::{Failure, Outcome, call, nr, step};
 
 const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
@@ -55,10 +55,7 @@ fn make(index: usize, timer: &PosixTimer) -> Result<i32, Failure> {
 pub fn arm(arguments: &Arguments) -> Outcome {
     for (which, timer) in arguments.timers.iter().enumerate() {
         if *timer != Default::default() {
-            // SAFETY: the kernel reads one struct itimerval.
-            unsafe {
-                step(Step::Timer, which, nr::SETITIMER, [which as u64, &raw const *timer as u64, 0])?;
-            }
+            start(which, timer)?;
         }
     }
     let timers = arguments.posix_timers.entries();
@@ -68,6 +65,26 @@ pub fn arm(arguments: &Arguments) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// setitimer(2). To the value of a timer of CPU time the kernel adds one tick of its clock (kernel/time/itimer.c), which is in
+/// the value of the image already.
+fn start(which: usize, timer: &Interval) -> Outcome {
+    let set = |timer: &Interval| {
+        // SAFETY: the kernel reads one struct itimerval.
+        unsafe { step(Step::Timer, which, nr::SETITIMER, [which as u64, &raw const *timer as u64, 0]) }
+    };
+    set(timer)?;
+    let mut now = Interval::default();
+    // SAFETY: the kernel writes one struct itimerval.
+    unsafe { step(Step::Timer, which, nr::GETITIMER, [which as u64, &raw mut now as u64])? };
+    let microseconds = |timer: &Interval| timer.value_sec * 1_000_000 + timer.value_usec;
+    let (wanted, surplus) = (microseconds(timer), microseconds(&now) - microseconds(timer));
+    if surplus <= 0 || wanted <= surplus {
+        return Ok(());
+    }
+    let value = wanted - surplus;
+    set(&Interval { value_sec: value / 1_000_000, value_usec: value % 1_000_000, ..*timer }).map(drop)
 }
 
 fn set(index: usize, timer: &PosixTimer) -> Outcome {

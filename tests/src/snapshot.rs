@@ -128,7 +128,8 @@ impl Snapshot {
         let stat = fs::read_to_string(proc.join("stat"))?;
         let zombie = stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'));
         let after_name: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split_whitespace().collect();
-        for (number, name) in STAT {
+        // What a zombie ran with is nobody's business any more.
+        for (number, name) in STAT.into_iter().filter(|_| !zombie) {
             self.put(task, name, after_name.get(number - 3).copied().unwrap_or_default());
         }
         self.put(task, "zombie", zombie.to_string());

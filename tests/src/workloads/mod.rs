@@ -188,6 +188,7 @@ workloads! {
     ns_mounts: "proc, tmpfs with content and bind mounts";
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
     mixture: "many behaviours in one tree";
+    stress: "a random mixture in fifty tasks", apart;
     refused: "descriptors that nobody can keep", apart;
     unclaimed: "descriptors that only the tests' plugin claims", apart;
     external_file: "a file below /run that only the plugin of `stasis plugins new` brings along", apart;
