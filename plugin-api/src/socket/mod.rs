@@ -168,6 +168,49 @@ pub fn shown(address: &[u8]) -> String {
     }
 }
 
+/// What a table such as /proc/net/tcp, udp or raw says of a socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableEntry {
+    /// The peer, as a `sockaddr`; all zeros if there is none.
+    pub remote: Vec<u8>,
+    /// net/tcp_states.h, also for sockets of other protocols.
+    pub state: u32,
+}
+
+/// The entry of inode `ino` in the text of such a table.
+pub fn table_entry(text: &str, ino: u64) -> Option<TableEntry> {
+    text.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words.get(9)?.parse() != Ok(ino) {
+            return None;
+        }
+        Some(TableEntry {
+            remote: table_address(words.get(2)?)?,
+            state: u32::from_str_radix(words.get(3)?, 16).ok()?,
+        })
+    })
+}
+
+/// `HOST:PORT` in hexadecimal; the host in words of 32 bits in the machine's byte order.
+fn table_address(text: &str) -> Option<Vec<u8>> {
+    let (host, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?.to_be_bytes();
+    let word = |at: usize| u32::from_str_radix(host.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
+    let host: Vec<u8> = (0..host.len()).step_by(8).map(word).collect::<Option<Vec<_>>>()?.concat();
+    let mut address = match host.len() {
+        4 => (libc::AF_INET as u16).to_ne_bytes().to_vec(),
+        16 => (libc::AF_INET6 as u16).to_ne_bytes().to_vec(),
+        _ => return None,
+    };
+    address.extend(port);
+    if host.len() == 16 {
+        address.extend([0; 4]);
+    }
+    address.extend(&host);
+    address.resize(if host.len() == 16 { 28 } else { 16 }, 0);
+    Some(address)
+}
+
 /// A task whose namespaces are those of the object; an object that is only in flight is taken for the root's.
 pub fn holder(host: &Host<'_>, object: &ObjectInfo) -> Result<i32> {
     let of_handles = object.handles.iter().find_map(|handle| handle.holders.first()).map(|holder| holder.pid);
@@ -286,5 +329,21 @@ pub fn describe<D: Descriptor>(handle: &HandleInfo) -> crate::Described {
         identity: handle.ino.to_string().into(),
         description: format!("socket:[{}] ({})", handle.ino, D::KIND).into(),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remote_addresses_of_the_tables() {
+        let line =
+            "   0: 0100007F:C350 0200007F:0050 02 00000001:00000000 01:0000005F 00000000  0  0 4711 2 0";
+        let entry = table_entry(line, 4711).unwrap();
+        assert_eq!((shown(&entry.remote).as_str(), entry.state), ("127.0.0.2:80", 2));
+        assert_eq!(table_entry(line, 4712), None);
+        let line = "   0: 00000000000000000000000001000000:C350 B80D0120000000000000000001000000:0050 02 00000001:00000000 01:0000005F 00000000  0  0 1 2 0";
+        assert_eq!(shown(&table_entry(line, 1).unwrap().remote), "[2001:db8::1]:80");
     }
 }

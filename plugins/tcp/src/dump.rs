@@ -164,7 +164,7 @@ fn shape(
 fn connecting_to(proc: &OwnedFd, ino: u64, label: &str) -> Result<Vec<u8>> {
     let find = |name: &str| {
         let text = fs::read_to_string(format!("/proc/self/fd/{}/net/{name}", proc.as_raw_fd())).ok()?;
-        text.lines().skip(1).find_map(|line| remote_of(line, ino))
+        Some(socket::table_entry(&text, ino)?.remote)
     };
     find("tcp").or_else(|| find("tcp6")).ok_or_else(|| {
         HookError::unsupported(
@@ -173,46 +173,4 @@ fn connecting_to(proc: &OwnedFd, ino: u64, label: &str) -> Result<Vec<u8>> {
             "try again in a moment",
         )
     })
-}
-
-/// The remote address in a line of /proc/net/tcp or tcp6, if it is that of inode `ino`, as a `sockaddr`.
-fn remote_of(line: &str, ino: u64) -> std::option::Option<Vec<u8>> {
-    let words: Vec<&str> = line.split_whitespace().collect();
-    if words.get(9)?.parse() != Ok(ino) {
-        return None;
-    }
-    let (host, port) = words.get(2)?.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?.to_be_bytes();
-    // Words of 32 bits in the machine's byte order.
-    let word = |at: usize| u32::from_str_radix(host.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
-    let host: Vec<u8> =
-        (0..host.len()).step_by(8).map(word).collect::<std::option::Option<Vec<_>>>()?.concat();
-    let mut address = match host.len() {
-        4 => (libc::AF_INET as u16).to_ne_bytes().to_vec(),
-        16 => (libc::AF_INET6 as u16).to_ne_bytes().to_vec(),
-        _ => return None,
-    };
-    address.extend(port);
-    if host.len() == 16 {
-        address.extend([0; 4]);
-    }
-    address.extend(&host);
-    address.resize(if host.len() == 16 { 28 } else { 16 }, 0);
-    Some(address)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn remote_addresses_of_the_table() {
-        let line =
-            "   0: 0100007F:C350 0200007F:0050 02 00000001:00000000 01:0000005F 00000000  0  0 4711 2 0";
-        let address = remote_of(line, 4711).unwrap();
-        assert_eq!(socket::shown(&address), "127.0.0.2:80");
-        assert_eq!(remote_of(line, 4712), None);
-        let line = "   0: 00000000000000000000000001000000:C350 B80D0120000000000000000001000000:0050 02 00000001:00000000 01:0000005F 00000000  0  0 1 2 0";
-        assert_eq!(socket::shown(&remote_of(line, 1).unwrap()), "[2001:db8::1]:80");
-    }
 }

@@ -165,6 +165,9 @@ workloads! {
     tcp_states: "TCP connections in LAST_ACK, CLOSING, SYN_SENT", flags("--tcp-established");
     tcp_server: "an echo server whose clients are outside the tree", guest;
     tcp_ended: "connections that end with the dump, and a listener", guest;
+    aio: "rings of asynchronous I/O with finished requests";
+    netlink: "netlink sockets with ports, groups and options";
+    raw_sockets: "raw sockets and echo requests";
     udp_sockets: "UDP sockets with queues, senders, options, peers and memberships";
     unix_server: "a server with listeners of every kind and three clients";
     unix_datagrams: "datagrams with their senders, connected sockets, peers that are gone";
