@@ -3,8 +3,8 @@
 use stasis::{
     image::records::{Header, PluginUse},
     plugins::{
-        CallContext, GivenOption, HandleFacts, HookWatch, PluginChoice, PluginsError, Registry, Wanted, load,
-        split_arguments,
+        CallContext, DescriptorKind, GivenOption, HandleFacts, HookWatch, Judge, PluginChoice, PluginsError,
+        Registry, Wanted, load, split_arguments,
     },
 };
 use stasis_plugin_api::{
@@ -83,11 +83,13 @@ fn dispatch_and_choice() {
     with_plugin(|directory| {
         let registry = Registry::load(&choice(directory)).unwrap();
         let handle = HandleInfo { link: "anon_inode:[eventfd]".into(), mode: 0o600, ..Default::default() };
-        let facts = HandleFacts::new(&handle, &|| None, &|| None);
-        let kind = registry.descriptor_for(&facts).expect("claimed");
+        let nobody: Judge<'_, DescriptorKind> = &|_| Ok(false);
+        let facts = HandleFacts::new(&handle, &|| None, &|| None, nobody);
+        let kind = registry.descriptor_for(&facts).unwrap().expect("claimed");
         assert_eq!((&*kind.plugin, kind.name()), ("eventfd", "eventfd"));
         let other = HandleInfo { link: "anon_inode:[other]".into(), ..Default::default() };
-        assert!(registry.descriptor_for(&HandleFacts::new(&other, &|| None, &|| None)).is_none());
+        let other = HandleFacts::new(&other, &|| None, &|| None, nobody);
+        assert!(registry.descriptor_for(&other).unwrap().is_none());
 
         let uses = registry.uses([("eventfd", "eventfd")]);
         assert!(!uses[0].descriptors.is_empty());
@@ -96,8 +98,8 @@ fn dispatch_and_choice() {
 
         let without = PluginChoice { without: vec!["eventfd".into()], ..choice(directory) };
         let registry = Registry::load(&without).unwrap();
-        assert!(registry.descriptor_for(&facts).is_none());
-        assert_eq!(registry.would_take(Wanted::Handle(&facts)), Some("eventfd"));
+        assert!(registry.descriptor_for(&facts).unwrap().is_none());
+        assert_eq!(registry.remedy(Wanted::Handle(&facts), None), "plugin eventfd would take it: enable it");
         let error = registry.needed_for(&header).unwrap_err().to_string();
         assert!(error.contains("plugin eventfd 1.0.0, which is disabled"), "{error}");
 
@@ -199,6 +201,9 @@ impl HostAbi for NoHost {
     fn ends_tree(&self) -> bool {
         false
     }
+    fn is_dry_run(&self) -> bool {
+        false
+    }
     fn externals(&self) -> RVec<RString> {
         RVec::new()
     }
@@ -215,6 +220,9 @@ impl HostAbi for NoHost {
         RNone
     }
     fn handle_at(&self, _: i32, _: i32) -> ROption<u32> {
+        RNone
+    }
+    fn handle_of(&self, _: u64, _: u64) -> ROption<u32> {
         RNone
     }
     fn open_handle(&self, _: u32) -> AbiResult<i32> {

@@ -56,12 +56,14 @@ pub trait HostAbi {
     fn progress(&self, done: u64, total: u64);
     fn current_task(&self) -> i32;
     fn ends_tree(&self) -> bool;
+    fn is_dry_run(&self) -> bool;
     fn externals(&self) -> RVec<RString>;
     fn inherited(&self, key: RStr<'_>) -> AbiResult<ROption<i32>>;
     fn tasks(&self) -> RVec<TaskInfo>;
     fn sessions(&self) -> RVec<SessionInfo>;
     fn handle(&self, id: u32) -> ROption<HandleInfo>;
     fn handle_at(&self, pid: i32, fd: i32) -> ROption<u32>;
+    fn handle_of(&self, dev: u64, ino: u64) -> ROption<u32>;
     fn open_handle(&self, id: u32) -> AbiResult<i32>;
     fn open_auxiliary(&self, handle: u32, index: u32) -> AbiResult<i32>;
     fn open_proc(&self, pid: i32) -> AbiResult<i32>;
@@ -79,7 +81,7 @@ pub type HostRef<'a> = HostAbi_TO<'a, RRef<'a, ()>>;
 #[sabi_trait]
 pub trait DescriptorAbi: Send + Sync {
     fn declaration(&self) -> KindDeclaration;
-    fn claims(&self, handle: &HandleInfo) -> bool;
+    fn claims(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<bool>;
     fn describe(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<Described>;
     fn dump(&self, host: HostRef<'_>, object: &ObjectInfo) -> AbiResult<Dumped<Bytes>>;
     fn commit(&self, host: HostRef<'_>, object: &ObjectInfo) -> AbiResult<()>;
@@ -112,8 +114,8 @@ pub type NamespaceBox = NamespaceAbi_TO<'static, RBox<()>>;
 #[sabi_trait]
 pub trait MappingAbi: Send + Sync {
     fn declaration(&self) -> KindDeclaration;
-    fn claims(&self, vma: &VmaInfo) -> bool;
-    fn dump(&self, host: HostRef<'_>, vma: &VmaInfo) -> AbiResult<Dumped<Bytes>>;
+    fn claims(&self, host: HostRef<'_>, vma: &VmaInfo) -> AbiResult<bool>;
+    fn dump(&self, host: HostRef<'_>, vma: &VmaInfo) -> AbiResult<Bytes>;
     #[sabi(last_prefix_field)]
     fn map(&self, host: HostRef<'_>, vma: &VmaInfo, record: RSlice<'_, u8>) -> AbiResult<()>;
 }

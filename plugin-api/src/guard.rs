@@ -82,8 +82,10 @@ impl<T: Descriptor> DescriptorAbi for Guard<T> {
     fn declaration(&self) -> KindDeclaration {
         declared(|| declare(T::KIND, self.0.selectors(), self.0.after(), T::Record::full_name(), 0))
     }
-    fn claims(&self, handle: &HandleInfo) -> bool {
-        catch_unwind(AssertUnwindSafe(|| self.0.claims(handle))).unwrap_or(false)
+    fn claims(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<bool> {
+        // SAFETY: core keeps the descriptor open for the length of this call.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        guard(|| Ok(self.0.claims(&Host::new(host), handle, fd)))
     }
     fn describe(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<Described> {
         // SAFETY: core keeps the descriptor open for the length of this call.
@@ -151,15 +153,11 @@ impl<T: Mapping> MappingAbi for Guard<T> {
     fn declaration(&self) -> KindDeclaration {
         declared(|| declare(T::KIND, self.0.selectors(), Vec::new(), T::Record::full_name(), 0))
     }
-    fn claims(&self, vma: &VmaInfo) -> bool {
-        catch_unwind(AssertUnwindSafe(|| self.0.claims(vma))).unwrap_or(false)
+    fn claims(&self, host: HostRef<'_>, vma: &VmaInfo) -> AbiResult<bool> {
+        guard(|| Ok(self.0.claims(&Host::new(host), vma)))
     }
-    fn dump(&self, host: HostRef<'_>, vma: &VmaInfo) -> AbiResult<Dumped<Bytes>> {
-        guard(|| {
-            let dumped = self.0.dump(&Host::new(host), vma)?;
-            let bytes = encode(&dumped.record)?;
-            Ok(dumped.map(|_| bytes))
-        })
+    fn dump(&self, host: HostRef<'_>, vma: &VmaInfo) -> AbiResult<Bytes> {
+        guard(|| encode(&self.0.dump(&Host::new(host), vma)?))
     }
     fn map(&self, host: HostRef<'_>, vma: &VmaInfo, record: RSlice<'_, u8>) -> AbiResult<()> {
         guard(|| self.0.map(&Host::new(host), vma, &decode(record)?))

@@ -22,8 +22,8 @@ pub trait Descriptor: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// For [`Selector::Predicate`] only.
-    fn claims(&self, _handle: &HandleInfo) -> bool {
+    /// For [`Selector::Predicate`] only: whether this kind takes the handle. Read-only. `fd` is a duplicate in this process.
+    fn claims(&self, _host: &Host<'_>, _handle: &HandleInfo, _fd: BorrowedFd<'_>) -> bool {
         false
     }
 
@@ -100,13 +100,14 @@ pub trait Mapping: Send + Sync + 'static {
     const KIND: &'static str;
     /// [`Selector::Mapping`], [`Selector::CharDevice`] or [`Selector::Predicate`].
     fn selectors(&self) -> Vec<Selector>;
-    /// For [`Selector::Predicate`] only.
-    fn claims(&self, _vma: &VmaInfo) -> bool {
+    /// For [`Selector::Predicate`] only: whether this kind takes the mapping. Read-only.
+    fn claims(&self, _host: &Host<'_>, _vma: &VmaInfo) -> bool {
         false
     }
-    /// Writes the record of a mapping.
-    fn dump(&self, host: &Host<'_>, vma: &VmaInfo) -> Result<Dumped<Self::Record>>;
-    /// Maps it, in the task, at exactly `vma.start` (a temporary place; core moves it home).
+    /// Writes the record of a mapping. Its contents, too, are the plugin's: core keeps none of its pages.
+    fn dump(&self, host: &Host<'_>, vma: &VmaInfo) -> Result<Self::Record>;
+    /// Maps it, in the task, at exactly `vma.start` (a temporary place; core moves it home with mremap(2)). All descriptors
+    /// exist and are linked. Of `vma` there are the task, the place, protection and offset.
     fn map(&self, host: &Host<'_>, vma: &VmaInfo, record: &Self::Record) -> Result<()>;
 }
 

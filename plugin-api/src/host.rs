@@ -47,6 +47,12 @@ impl<'a> Host<'a> {
         self.inner.ends_tree()
     }
 
+    /// Whether this is `stasis dump --dry-run` (dump only): the tree runs, and nothing of it may change, not for a moment; what
+    /// is written goes nowhere. Hooks are called for what they would refuse, and skip what costs time or has effects.
+    pub fn is_dry_run(&self) -> bool {
+        self.inner.is_dry_run()
+    }
+
     /// What the user said is outside (`--external KEY`), in his words: `tty[RDEV:DEV]`, `unix[INO]`, ...
     pub fn externals(&self) -> Vec<String> {
         self.inner.externals().into_iter().map(Into::into).collect()
@@ -81,6 +87,12 @@ impl<'a> Host<'a> {
     /// Which handle descriptor `fd` of process `pid` refers to.
     pub fn handle_at(&self, pid: i32, fd: i32) -> Option<u32> {
         self.inner.handle_at(pid, fd).into()
+    }
+
+    /// A handle of the file with this device and inode number, whoever holds it (dump only): that of a mapping, say, whose
+    /// file is no path that one could open.
+    pub fn handle_of(&self, dev: u64, ino: u64) -> Option<u32> {
+        self.inner.handle_of(dev, ino).into()
     }
 
     /// A duplicate of the open file description of handle `id`. On restore from the link phase on, or in create for

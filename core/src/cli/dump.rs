@@ -2,12 +2,12 @@
 
 use super::{CommonArgs, ExitStatus, logging, report};
 use crate::{
-    dump::{self, Afterwards, DumpOptions},
+    dump::{self, Afterwards, DumpOptions, OnUnclaimed, Resource, Survey, TaskResources},
     plugins::GivenOption,
 };
 use clap::Args;
 use serde_json::json;
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
 
 /// Arguments of `stasis dump`.
 #[derive(Debug, Args)]
@@ -27,7 +27,16 @@ pub struct DumpArgs {
     /// The tree is a shell's job: its session, group and terminal may be outside
     #[arg(short = 'j', long)]
     shell_job: bool,
-    /// A resource that is outside of the tree and stays there, e.g. tty[RDEV:DEV]; may be repeated
+    /// Show, for every task, who would take each of its resources, what a dump would refuse, and what would change that. Nothing is
+    /// stopped or written
+    #[arg(long)]
+    dry_run: bool,
+    /// What becomes of what no plugin takes: a descriptor of this kind (as /proc shows it: socket, eventfd, chardev ...; or all), or a
+    /// mapping (skip only); may be repeated
+    #[arg(long, value_name = "KIND=fail|skip|null|close")]
+    on_unclaimed: Vec<OnUnclaimed>,
+    /// A resource that is outside of the tree and stays there: keys of plugins, e.g. tty[RDEV:DEV]; of any descriptor, file[MOUNT:INODE]
+    /// in hexadecimal, or what /proc/PID/fd shows; may be repeated
     #[arg(long, value_name = "KEY")]
     external: Vec<String>,
     /// Run this command at fixed points, told by CRTOOLS_SCRIPT_ACTION; may be repeated
@@ -72,7 +81,8 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// Runs the subcommand.
 pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption>) -> ExitCode {
-    if let Err(error) = logging::init(common, Some(&args.images_dir)) {
+    let logs = (!args.dry_run).then_some(args.images_dir.as_path());
+    if let Err(error) = logging::init(common, logs) {
         return ExitCode::from(report::error(common.json, "dump", &error, ExitStatus::Failure as u8));
     }
     let options = DumpOptions {
@@ -83,6 +93,7 @@ pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption
         },
         shell_job: args.shell_job,
         external: args.external.clone(),
+        on_unclaimed: args.on_unclaimed.clone(),
         action_scripts: args.action_script.clone(),
         copy_on_write: !args.no_cow,
         timeout: Duration::try_from_secs_f64(args.timeout).unwrap_or(Duration::MAX),
@@ -97,6 +108,9 @@ pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption
         plugin_timeout: common.plugin_timeout(),
         ..DumpOptions::new(args.tree, &args.images_dir)
     };
+    if args.dry_run {
+        return ExitCode::from(dry_run(&options, common.json));
+    }
     let status = dump::supervised(&options, |result| match result {
         Ok(done) if common.json => {
             println!(
@@ -123,4 +137,69 @@ pub fn run(args: &DumpArgs, common: &CommonArgs, plugin_options: Vec<GivenOption
         }
     });
     ExitCode::from(status)
+}
+
+/// Shows what a dump would find; the status is that of such a dump as far as it can be told.
+fn dry_run(options: &DumpOptions, json: bool) -> u8 {
+    dump::survey_supervised(options, |result| match result {
+        Ok(survey) => {
+            let ok = survey.refusals() == 0;
+            // A reader that closed the pipe has seen enough.
+            let _ = if json {
+                writeln!(std::io::stdout(), "{:#}", survey_as_json(survey))
+            } else {
+                print_survey(&mut std::io::stdout().lock(), survey)
+            };
+            if ok { ExitStatus::Success as u8 } else { ExitStatus::Unsupported as u8 }
+        }
+        Err(error) => {
+            let status = error.exit_status();
+            report::error(json, "dump", &error, status);
+            status
+        }
+    })
+}
+
+fn survey_as_json(survey: &Survey) -> serde_json::Value {
+    let resource = |resource: &Resource| {
+        json!({
+            "place": resource.place, "what": resource.what, "taken_by": resource.taken_by,
+            "refusal": resource.refusal, "remedy": resource.remedy,
+        })
+    };
+    let task = |task: &TaskResources| {
+        json!({
+            "pid": task.pid, "name": task.name, "mappings": task.mappings,
+            "resources": task.resources.iter().map(resource).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "ok": survey.refusals() == 0,
+        "refusals": survey.refusals(),
+        "tasks": survey.tasks.iter().map(task).collect::<Vec<_>>(),
+        "warnings": survey.warnings,
+    })
+}
+
+fn print_survey(out: &mut impl Write, survey: &Survey) -> std::io::Result<()> {
+    for task in &survey.tasks {
+        writeln!(out, "task {} ({}): {} mappings", task.pid, task.name, task.mappings)?;
+        for Resource { place, what, taken_by, refusal, remedy } in &task.resources {
+            let taken_by = taken_by.as_deref().unwrap_or("nobody");
+            writeln!(out, "    {place:<16} {what:<32} {taken_by}")?;
+            let Some(refusal) = refusal else { continue };
+            writeln!(out, "        refused: {refusal}")?;
+            if !remedy.is_empty() {
+                writeln!(out, "        remedy: {remedy}")?;
+            }
+        }
+    }
+    for warning in &survey.warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
+    match survey.refusals() {
+        0 => writeln!(out, "nothing is refused, as far as a tree can tell that is not stopped"),
+        1 => writeln!(out, "one resource would be refused"),
+        n => writeln!(out, "{n} resources would be refused"),
+    }
 }

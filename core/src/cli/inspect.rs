@@ -303,6 +303,7 @@ impl Human<'_> {
                 let record = self.decoder.plugin(plugin, kind, message, record);
                 format!("{plugin}/{kind} {description} flags {flags:#o} role {} {record}", handle.role)
             }
+            None if !handle.external.is_empty() => format!("external {}", handle.external),
             None => {
                 let path = handle.path.as_ref().map_or_else(|| "?".into(), path);
                 format!("{path} flags {flags:#o} position {}", handle.position)

@@ -63,7 +63,7 @@ struct PluginArgs {
     /// Do without these plugins
     #[arg(long, global = true, value_name = "A,B", value_delimiter = ',')]
     without: Vec<String>,
-    /// Where two plugins claim the same resource, take these
+    /// Where several plugins would take a resource, these come first
     #[arg(long, global = true, value_name = "A,B", value_delimiter = ',')]
     prefer: Vec<String>,
     /// As root, load plugins also if others can write to them or to their directory

@@ -4,56 +4,19 @@
 use super::{
     Context, DumpError,
     inventory::{Claim, Inventory},
+    unclaimed::{self, Policy, Unclaimed},
 };
 use crate::{
     files::{Names, locks, table::Handle},
     image::records::{FileLock, LockKind, PathRef},
     memory::describe::{Unknown, map_file},
-    plugins::{HandleFacts, MappingFacts, MappingKind, Wanted},
+    plugins::{DescriptorKind, HandleFacts, MappingFacts, MappingKind, Wanted},
     proc::{ProcDir, mappings::Mapping},
     tree::{Process, Tree},
 };
 use nix::errno::Errno;
-use stasis_plugin_api::{ErrorKind, VmaInfo};
+use stasis_plugin_api::{ErrorKind, HandleInfo, VmaInfo};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-
-/// A resource that nobody takes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unclaimed {
-    /// The task.
-    pub pid: i32,
-    /// Its name.
-    pub task: String,
-    /// Descriptor number, mapping, namespace.
-    pub place: String,
-    /// What it is.
-    pub what: String,
-    /// What the user can do.
-    pub remedy: String,
-}
-
-impl std::fmt::Display for Unclaimed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "task {} ({}), {}: {}", self.pid, self.task, self.place, self.what)?;
-        if self.remedy.is_empty() { Ok(()) } else { write!(f, " ({})", self.remedy) }
-    }
-}
-
-/// What is known of the owner of something unclaimed, for the list.
-pub(super) fn unclaimed(
-    tree: &Tree,
-    host_pid: i32,
-    place: String,
-    what: String,
-    remedy: String,
-) -> Unclaimed {
-    let task = tree
-        .processes
-        .iter()
-        .find(|process| process.host_pid == host_pid)
-        .map(|process| process.name.clone());
-    Unclaimed { pid: host_pid, task: task.unwrap_or_default(), place, what, remedy }
-}
 
 /// SO_DOMAIN, SO_TYPE and SO_PROTOCOL of a socket.
 fn socket_facts(fd: BorrowedFd<'_>) -> Option<[i32; 3]> {
@@ -163,6 +126,35 @@ pub(super) fn descriptors(
     Ok(())
 }
 
+/// The key of `--external` by which the user says that a descriptor stays outside: its link, or CRIU's `file[MOUNT:INODE]`.
+fn external_key(context: &Context<'_>, handle: &Handle, info: &HandleInfo) -> Option<String> {
+    let keys = &context.options.external;
+    if keys.is_empty() {
+        return None;
+    }
+    let mount: u64 = info.field("mnt_id").ok()?.parse().ok()?;
+    let file = format!("file[{mount:x}:{:x}]", handle.facts.stat.st_ino);
+    keys.iter().find(|key| **key == info.link.as_str() || **key == file).cloned()
+}
+
+/// What becomes of a descriptor that nobody takes: an entry in the list, unless the user wants it left out.
+fn refuse(
+    context: &Context<'_>,
+    handle: &Handle,
+    class: &str,
+    entry: Unclaimed,
+    missing: &mut Vec<Unclaimed>,
+) -> Claim {
+    let policy = unclaimed::policy(&context.options.on_unclaimed, class);
+    // What some object or mapping alone has cannot be left out: they name it.
+    if policy == Policy::Fail || handle.holders.is_empty() {
+        missing.push(entry);
+        return Claim::Refused;
+    }
+    context.warnings.borrow_mut().push(format!("left out: {entry}"));
+    Claim::LeftOut { null: policy == Policy::Null }
+}
+
 fn descriptor(
     context: &Context<'_>,
     index: usize,
@@ -179,43 +171,51 @@ fn descriptor(
     };
     // The loop of the caller goes over existing handles only.
     let info = inventory.handle_info(id).unwrap_or_default();
+    if let Some(key) = external_key(context, handle, &info) {
+        drop(inventory);
+        context.inventory.borrow_mut().external.insert(index, key);
+        return Ok((Claim::External, Vec::new()));
+    }
+    let class = unclaimed::class(&info.link, info.mode);
+    let mut refused = |what, remedy| {
+        let entry = unclaimed::unclaimed(&inventory.tree, pid, place.clone(), what, remedy);
+        Ok((refuse(context, handle, class, entry, missing), Vec::new()))
+    };
     let locked = match locks(context, &inventory, handle)? {
         Ok(locks) => locks,
-        Err((why, remedy)) => {
-            let what = format!("{} {why}", info.link);
-            missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
-            return Ok((Claim::Path, Vec::new()));
-        }
+        Err((why, remedy)) => return refused(format!("{} {why}", info.link), remedy),
     };
+    let task = inventory.tree.processes.iter().find(|process| process.host_pid == pid);
+    let task_name = task.map_or("", |process| process.name.as_str());
+    let resource = format!("{place}, {}", info.link);
     // Most kinds need a duplicate; plain files do not, and an O_PATH descriptor of a device cannot be asked anything.
     let opened = std::cell::OnceCell::new();
     let open = || opened.get_or_init(|| inventory.open_handle(id));
     let magic = || filesystem_magic(open().as_ref().ok()?.as_fd());
     let socket = || socket_facts(open().as_ref().ok()?.as_fd());
-    let facts = HandleFacts::new(&info, &magic, &socket);
-    let Some(kind) = context.registry.descriptor_for(&facts) else {
-        let (what, remedy) = if is_path_backed(handle) {
-            match path_backed(&inventory.tree, handle, names, || inventory.open_handle(id))? {
-                Ok(path) => {
-                    drop(inventory);
-                    let mut inventory = context.inventory.borrow_mut();
-                    inventory.paths.insert(index, path);
-                    inventory.keep_locks(index, locked);
-                    return Ok((Claim::Path, Vec::new()));
-                }
-                Err((why, remedy)) => (format!("{} {why}", info.link), remedy),
-            }
-        } else {
-            let helper = context.registry.would_take(Wanted::Handle(&facts));
-            let remedy = helper.map(|name| format!("plugin {name} would take it: enable it"));
-            (format!("{} is claimed by no enabled plugin", info.link), remedy.unwrap_or_default())
-        };
-        missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
-        return Ok((Claim::Path, Vec::new()));
+    let judge = |kind: &DescriptorKind| {
+        let host = context.host(&kind.plugin);
+        let Ok(fd) = open() else { return Ok(false) };
+        context.call(&host, pid, task_name, &resource).claims(kind, &info, fd.as_fd())
     };
-    let task = inventory.tree.processes.iter().find(|process| process.host_pid == pid);
-    let task_name = task.map_or("", |process| process.name.as_str());
-    let resource = format!("{place}, {}", info.link);
+    let facts = HandleFacts::new(&info, &magic, &socket, &judge);
+    let Some(kind) = context.registry.descriptor_for(&facts)? else {
+        if !is_path_backed(handle) {
+            let plugin = context.registry.remedy(Wanted::Handle(&facts), None);
+            let remedy = unclaimed::way_out(class, &info.link, plugin);
+            return refused(format!("{} is claimed by no enabled plugin", info.link), remedy);
+        }
+        return match path_backed(&inventory.tree, handle, names, || inventory.open_handle(id))? {
+            Err((why, remedy)) => refused(format!("{} {why}", info.link), remedy),
+            Ok(path) => {
+                drop(inventory);
+                let mut inventory = context.inventory.borrow_mut();
+                inventory.paths.insert(index, path);
+                inventory.keep_locks(index, locked);
+                Ok((Claim::Path, Vec::new()))
+            }
+        };
+    };
     let fd = open().as_ref().map_err(|&errno| DumpError::Duplicate {
         pid,
         number,
@@ -228,10 +228,10 @@ fn descriptor(
         Ok(described) => described,
         // All of them at once, as what nobody claims.
         Err(error) if error.source.kind == ErrorKind::Unsupported => {
-            let what = format!("{}: {}", info.link, error.source.what);
-            let remedy = error.source.remedy.to_string();
-            missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
-            return Ok((Claim::Path, Vec::new()));
+            let other = context.registry.remedy(Wanted::Handle(&facts), Some(&kind.plugin));
+            let remedies = [error.source.remedy.to_string(), other];
+            let remedy = remedies.iter().filter(|remedy| !remedy.is_empty()).cloned().collect::<Vec<_>>();
+            return refused(format!("{}: {}", info.link, error.source.what), remedy.join("; "));
         }
         Err(error) => return Err(error.into()),
     };
@@ -252,10 +252,9 @@ pub(super) fn sessions(context: &Context<'_>, missing: &mut Vec<Unclaimed>) -> R
             format!("terminal {major}:{} of session {}", libc::minor(session.terminal), session.sid);
         let Some(kind) = context.registry.terminal(major) else {
             let what = "is claimed by no enabled plugin".to_string();
-            let remedy = context.registry.would_take(Wanted::Terminal(major));
-            let remedy =
-                remedy.map_or_else(String::new, |name| format!("plugin {name} would take it: enable it"));
-            missing.push(unclaimed(&context.inventory.borrow().tree, session.sid, resource, what, remedy));
+            let remedy = context.registry.remedy(Wanted::Terminal(major), None);
+            let tree = &context.inventory.borrow().tree;
+            missing.push(unclaimed::unclaimed(tree, session.sid, resource, what, remedy));
             continue;
         };
         let host = context.host(&kind.plugin);
@@ -264,13 +263,8 @@ pub(super) fn sessions(context: &Context<'_>, missing: &mut Vec<Unclaimed>) -> R
             Ok(described) => described,
             Err(error) if error.source.kind == ErrorKind::Unsupported => {
                 let (what, remedy) = (error.source.what.to_string(), error.source.remedy.to_string());
-                missing.push(unclaimed(
-                    &context.inventory.borrow().tree,
-                    session.sid,
-                    resource,
-                    what,
-                    remedy,
-                ));
+                let tree = &context.inventory.borrow().tree;
+                missing.push(unclaimed::unclaimed(tree, session.sid, resource, what, remedy));
                 continue;
             }
             Err(error) => return Err(error.into()),
@@ -313,39 +307,48 @@ fn device(process: &Process, mapping: &Mapping) -> Option<u64> {
     (stat.st_mode & libc::S_IFMT == libc::S_IFCHR).then_some(stat.st_rdev)
 }
 
+/// Calls `f` with the facts by which a mapping is claimed.
+fn with_facts<T>(
+    context: &Context<'_>,
+    process: &Process,
+    mapping: &Mapping,
+    f: impl FnOnce(&MappingFacts<'_>) -> T,
+) -> (VmaInfo, T) {
+    let info = mapping_info(process, mapping);
+    let device = || device(process, mapping);
+    let place = place(mapping.start, mapping.end);
+    let judge = |kind: &MappingKind| {
+        let host = context.host(&kind.plugin);
+        context.call(&host, process.host_pid, &process.name, &place).claims_mapping(kind, &info)
+    };
+    let result = f(&MappingFacts::new(&info, &device, &judge));
+    (info, result)
+}
+
 /// The plugin and kind that takes a mapping that core does not know.
 pub(super) fn mapping_kind<'r>(
     context: &'r Context<'_>,
     process: &Process,
     mapping: &Mapping,
-) -> Option<(&'r MappingKind, VmaInfo)> {
-    let info = mapping_info(process, mapping);
-    let device = || device(process, mapping);
-    let kind = context.registry.mapping_for(&MappingFacts::new(&info, &device))?;
-    Some((kind, info))
+) -> Result<Option<(&'r MappingKind, VmaInfo)>, DumpError> {
+    let (info, kind) = with_facts(context, process, mapping, |facts| context.registry.mapping_for(facts));
+    Ok(kind?.map(|kind| (kind, info)))
 }
 
-/// The same, with an entry in the list if there is none.
-pub(super) fn mapping<'r>(
-    context: &'r Context<'_>,
+/// What is to be said of a mapping that nobody takes.
+pub(super) fn unclaimed_mapping(
+    context: &Context<'_>,
+    tree: &Tree,
     process: &Process,
     unknown: &Unknown,
-    missing: &mut Vec<Unclaimed>,
-) -> Option<(&'r MappingKind, VmaInfo)> {
+) -> Unclaimed {
     let mapping = &unknown.mapping;
-    let claimed = mapping_kind(context, process, mapping);
-    if claimed.is_some() {
-        return claimed;
-    }
-    let info = mapping_info(process, mapping);
-    let device = || device(process, mapping);
+    let remedy = |facts: &MappingFacts<'_>| context.registry.remedy(Wanted::Mapping(facts), None);
+    let (info, remedy) = with_facts(context, process, mapping, remedy);
     let what = format!("{} is claimed by no enabled plugin: {}", info.path, unknown.why);
-    let remedy = context.registry.would_take(Wanted::Mapping(&MappingFacts::new(&info, &device)));
-    let remedy = remedy.map_or_else(String::new, |name| format!("plugin {name} would take it: enable it"));
-    let inventory = context.inventory.borrow();
-    let place = place(mapping.start, mapping.end);
-    missing.push(unclaimed(&inventory.tree, process.host_pid, place, what, remedy));
-    None
+    let out = format!("--on-unclaimed {}=skip leaves a hole", unclaimed::MAPPING);
+    let remedy = if remedy.is_empty() { out } else { format!("{remedy}; {out}") };
+    unclaimed::unclaimed(tree, process.host_pid, place(mapping.start, mapping.end), what, remedy)
 }
 
 /// How a mapping is named in messages.

@@ -1,12 +1,11 @@
 //! Steps 2, 3 and 5: stop the tree, describe it from outside, ask what only the tasks can tell.
 
 use super::{
-    Context, DumpError,
-    claim::{self, Unclaimed, unclaimed},
-    ghosts,
-    inventory::Inventory,
+    Context, DumpError, claim, ghosts,
+    inventory::{Claim, Inventory},
     mapped,
     pages::Pages,
+    unclaimed::{self, Policy, Unclaimed, unclaimed},
 };
 use crate::{
     files::{
@@ -65,6 +64,16 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
     let tree = Tree::read(found)?;
     tree.check_leaders(context.options.shell_job)?;
     let sharing = sharing(&tree)?;
+    let (frozen, missing) = look(context, tree, sharing)?;
+    if missing.is_empty() { Ok(frozen) } else { Err(DumpError::Unclaimed(missing)) }
+}
+
+/// The same of a tree that was read, with a list of what nobody takes.
+pub(super) fn look(
+    context: &Context<'_>,
+    tree: Tree,
+    sharing: Sharing,
+) -> Result<(FrozenTree, Vec<Unclaimed>), DumpError> {
     let namespaces = NamespaceMap::read(&tree)?;
     let living: Vec<&Process> = tree.living().collect();
     let owner = |pid: i32| sharing.files.get(&pid).copied().unwrap_or(pid);
@@ -114,7 +123,7 @@ pub(super) fn describe(context: &Context<'_>, found: &[Found]) -> Result<FrozenT
         plugin_mappings: Vec::new(),
     };
     frozen.claim(context, &mut missing)?;
-    if missing.is_empty() { Ok(frozen) } else { Err(DumpError::Unclaimed(missing)) }
+    Ok((frozen, missing))
 }
 
 impl FrozenTree {
@@ -122,8 +131,10 @@ impl FrozenTree {
         claim::sessions(context, missing)?;
         mapped::adopt(context, &mut self.memory, &mut self.objects)?;
         claim::descriptors(context, &mut self.objects.names, missing)?;
+        self.mapped_but_left_out(context, missing);
         let inventory = context.inventory.borrow();
         for (index, (process, memory)) in inventory.tree.living().zip(&mut self.memory).enumerate() {
+            let mut holes = Vec::new();
             for (mapping, why) in &memory.refused {
                 let (why, remedy) = match why {
                     Refused::State(why) => ((*why).to_owned(), String::new()),
@@ -134,28 +145,61 @@ impl FrozenTree {
                 missing.push(unclaimed(&inventory.tree, process.host_pid, place, what, remedy));
             }
             for unknown in &memory.unknown {
-                if let Some((kind, info)) = claim::mapping(context, process, unknown, missing) {
-                    let claimed =
-                        (index, unknown.vma, kind.plugin.to_string(), kind.name().to_string(), info);
+                if let Some((kind, info)) = claim::mapping_kind(context, process, &unknown.mapping)? {
+                    let vma = unknown.vma - holes.len();
+                    let claimed = (index, vma, kind.plugin.to_string(), kind.name().to_string(), info);
                     self.plugin_mappings.push(claimed);
+                    continue;
+                }
+                let entry = claim::unclaimed_mapping(context, &inventory.tree, process, unknown);
+                if unclaimed::policy(&context.options.on_unclaimed, unclaimed::MAPPING) == Policy::Skip {
+                    context.warnings.borrow_mut().push(format!("left out: {entry}"));
+                    holes.push(unknown.vma);
+                } else {
+                    missing.push(entry);
                 }
             }
+            holes.iter().rev().for_each(|&hole| drop(memory.vmas.remove(hole)));
         }
         for namespace in &self.namespaces.foreign {
             if context.registry.namespace(namespace.kind).is_some() {
                 continue;
             }
             let first = namespace.members.first().and_then(|&pid| inventory.tree.by_pid(pid));
-            let remedy = match context.registry.would_take(Wanted::Namespace(namespace.kind)) {
-                Some(name) => format!("plugin {name} would take it: enable it"),
-                None => String::new(),
-            };
+            let remedy = context.registry.remedy(Wanted::Namespace(namespace.kind), None);
             let what = "is not the one of stasis, and claimed by no enabled plugin".to_string();
             let place = format!("namespace {}:[{}]", namespace.kind, namespace.ino);
             let pid = first.map_or(0, |process| process.host_pid);
             missing.push(unclaimed(&inventory.tree, pid, place, what, remedy));
         }
         Ok(())
+    }
+
+    /// A mapping of a file refers to one of its descriptions, which cannot be left out then.
+    fn mapped_but_left_out(&self, context: &Context<'_>, missing: &mut Vec<Unclaimed>) {
+        let inventory = context.inventory.borrow();
+        for file in &self.objects.files {
+            let index = (file.handle as usize).wrapping_sub(1);
+            let Some(handle) = inventory.handles.all.get(index) else { continue };
+            if matches!(inventory.claims.get(index), Some(Claim::LeftOut { .. })) {
+                let (pid, number) = handle.subject();
+                let what = format!("{} is mapped, too", String::from_utf8_lossy(&handle.facts.link));
+                let remedy = "it cannot be left out".to_owned();
+                missing.push(unclaimed(&inventory.tree, pid, format!("descriptor {number}"), what, remedy));
+            }
+        }
+    }
+
+    /// Mappings that plugins take: the process as stasis sees it, plugin and kind, and what the plugin is shown.
+    pub fn plugin_mappings(&self) -> impl Iterator<Item = (usize, &str, &str, &VmaInfo)> {
+        self.plugin_mappings
+            .iter()
+            .map(|(process, _, plugin, kind, info)| (*process, plugin.as_str(), kind.as_str(), info))
+    }
+
+    /// How many mappings each living process has.
+    pub fn mapping_counts(&self) -> impl Iterator<Item = usize> {
+        self.memory.iter().map(|memory| memory.vmas.len())
     }
 
     /// Number of a process' memory map.
@@ -194,14 +238,14 @@ impl FrozenTree {
             let record = &mut self.memory[*process].vmas[*vma];
             record.plugin = plugin.clone();
             record.plugin_kind = kind.clone();
-            record.record = dumped.record.into();
+            record.record = dumped.into();
         }
-        context.writer.write(&self.header(context, tree)?)?;
+        context.writer()?.write(&self.header(context, tree)?)?;
         for file in &self.objects.files {
-            context.writer.write(file)?;
+            context.writer()?.write(file)?;
         }
         for (segment, _) in &self.objects.segments {
-            context.writer.write(segment)?;
+            context.writer()?.write(segment)?;
         }
         ghosts::write(context, &self.objects.names)?;
         let living: Vec<(&Process, &TaskPaths)> = tree.living().zip(&self.paths).collect();
@@ -217,11 +261,11 @@ impl FrozenTree {
             ))
         })?;
         for ((record, map), memory) in described.into_iter().zip(&self.memory) {
-            context.writer.write(&record)?;
-            context.writer.write(&MemoryMap { vmas: memory.vmas.clone(), ..map })?;
+            context.writer()?.write(&record)?;
+            context.writer()?.write(&MemoryMap { vmas: memory.vmas.clone(), ..map })?;
         }
         for zombie in tree.processes.iter().filter(|process| process.zombie) {
-            context.writer.write(&task::describe_zombie(zombie)?)?;
+            context.writer()?.write(&task::describe_zombie(zombie)?)?;
         }
         Ok(())
     }
@@ -271,7 +315,7 @@ impl FrozenTree {
             .map(|(process, memory)| (process, self.number(process.host_pid), memory.vmas.as_slice()))
             .collect();
         let outside_only = context.options.outside_only;
-        Pages::find(&memory, &self.objects.segments, &context.writer, outside_only, may_snapshot)
+        Pages::find(&memory, &self.objects.segments, context.writer()?, outside_only, may_snapshot)
     }
 }
 

@@ -1,6 +1,6 @@
 //! What can go wrong in a dump, and which exit status says so.
 
-use super::claim::Unclaimed;
+use super::Unclaimed;
 use crate::{
     action::ActionError,
     front::{FrontError, Interrupted},
@@ -51,6 +51,17 @@ pub enum DumpError {
     /// Resources that nobody takes, all of them.
     #[error("{} cannot be dumped:{}", count(.0.len()), lines(.0))]
     Unclaimed(Vec<Unclaimed>),
+    /// Something is to be left out that is needed.
+    #[error("{object} needs {link}, which is to be left out (another --on-unclaimed for it)")]
+    LeftOut {
+        /// Who needs it.
+        object: String,
+        /// What it is.
+        link: String,
+    },
+    /// There is no image in a dry run.
+    #[error("a dry run writes nothing")]
+    DryRun,
     /// A descriptor cannot be duplicated into this process.
     #[error("cannot duplicate descriptor {number} ({link}) of task {pid}: {errno}")]
     Duplicate {

@@ -39,9 +39,9 @@ pub(super) fn write(context: &Context<'_>, names: &Names) -> Result<(), DumpErro
             let link = link(context, names, ghost)?;
             GhostFile { link, ..outline(ghost) }
         } else {
-            contents(ghost, &context.writer)?.map_err(failed("copy"))?
+            contents(ghost, context.writer()?)?.map_err(failed("copy"))?
         };
-        context.writer.write(&record)?;
+        context.writer()?.write(&record)?;
     }
     Ok(())
 }

@@ -32,6 +32,14 @@ pub struct DumpHost<'a> {
 }
 
 impl DumpHost<'_> {
+    /// Refuses what would change the tree in a dry run, or is about to be undone.
+    fn changes(&self, what: &str) -> Result<(), HookError> {
+        match self.context.writer {
+            Some(_) => Ok(()),
+            None => Err(HookError::invalid(format!("{what}, which a dry run does not make"))),
+        }
+    }
+
     /// `/proc/PID` of a task of the tree.
     fn proc(&self, pid: i32) -> Result<(i32, OwnedFd), HookError> {
         let inventory = self.context.inventory.borrow();
@@ -65,6 +73,10 @@ impl HostAbi for DumpHost<'_> {
         self.context.options.afterwards == Afterwards::Kill
     }
 
+    fn is_dry_run(&self) -> bool {
+        self.context.writer.is_none()
+    }
+
     fn externals(&self) -> RVec<RString> {
         self.context.options.external.iter().map(|key| key.as_str().into()).collect()
     }
@@ -89,6 +101,10 @@ impl HostAbi for DumpHost<'_> {
         self.context.inventory.borrow().handle_at(pid, fd).into()
     }
 
+    fn handle_of(&self, dev: u64, ino: u64) -> ROption<u32> {
+        self.context.inventory.borrow().handle_of(dev, ino).into()
+    }
+
     fn open_handle(&self, id: u32) -> AbiResult<i32> {
         let opened = self.context.inventory.borrow().open_handle(id).map(IntoRawFd::into_raw_fd);
         opened.map_err(|errno| HookError::failed(format!("duplicating handle {id}"), errno)).into()
@@ -104,6 +120,7 @@ impl HostAbi for DumpHost<'_> {
 
     fn remote_syscall(&self, pid: i32, number: i64, args: &[u64; 6]) -> AbiResult<i64> {
         let call = || {
+            self.changes("a system call in a task")?;
             let (host_pid, _) = self.proc(pid)?;
             let result = self.context.guardian.borrow_mut().syscall(host_pid, number, *args);
             result.map_err(|error| HookError::invalid(format!("system call {number} in task {pid}: {error}")))
@@ -138,6 +155,9 @@ impl HostAbi for DumpHost<'_> {
             }
             UndoStep::Write(data) => protocol::UndoStep::Write(Bytes(data.to_vec())),
         });
+        if let Err(error) = self.changes("an entry in the journal") {
+            return RResult::RErr(error);
+        }
         // SAFETY: the hook has it open during this call.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         let result = self.context.guardian.borrow_mut().undo(fd, steps.collect());
@@ -145,7 +165,8 @@ impl HostAbi for DumpHost<'_> {
     }
 
     fn blob_append(&self, name: RStr<'_>, data: RSlice<'_, u8>) -> AbiResult<()> {
-        let result = self.context.writer.append_blob(self.plugin, name.as_str(), data.as_slice());
+        let Ok(writer) = self.context.writer() else { return RResult::ROk(()) };
+        let result = writer.append_blob(self.plugin, name.as_str(), data.as_slice());
         result.map_err(|error| HookError::invalid(format!("writing blob {name}: {error}"))).into()
     }
 

@@ -38,6 +38,12 @@ pub struct ObjectDraft {
 pub enum Claim {
     /// Core: a regular file or directory.
     Path,
+    /// Nobody: the user gives a descriptor for it when it is restored.
+    External,
+    /// Nobody, and the user wants it left out, or /dev/null in its place.
+    LeftOut { null: bool },
+    /// Nobody: the dump fails.
+    Refused,
     /// A plugin: index of the object, and which handle of it this is.
     Object { index: usize, role: u32 },
 }
@@ -55,6 +61,8 @@ pub struct Inventory {
     pub claims: Vec<Claim>,
     /// Files of core's own, by index of the handle.
     pub paths: HashMap<usize, PathRef>,
+    /// Keys of what is external, by index of the handle.
+    pub external: HashMap<usize, String>,
     /// Locks on open file descriptions, by index of the handle.
     pub locks: HashMap<usize, Vec<FileLock>>,
     /// Objects of plugins.
@@ -79,6 +87,7 @@ impl Inventory {
             handles,
             claims: Vec::new(),
             paths: HashMap::new(),
+            external: HashMap::new(),
             locks: HashMap::new(),
             objects: Vec::new(),
             by_number,
@@ -162,6 +171,17 @@ impl Inventory {
     pub fn handle_at(&self, pid: i32, fd: i32) -> Option<u32> {
         let host_pid = self.tree.by_pid(pid)?.host_pid;
         self.by_number.get(&(host_pid, fd)).map(|&index| Self::handle_id(index))
+    }
+
+    /// A handle of the file with this device and inode number.
+    pub fn handle_of(&self, dev: u64, ino: u64) -> Option<u32> {
+        self.handles.of_file(dev, ino).map(Self::handle_id)
+    }
+
+    /// Whether a handle will not be in the image as it is.
+    pub fn is_left_out(&self, id: u32) -> bool {
+        let claim = (id as usize).checked_sub(1).and_then(|index| self.claims.get(index));
+        matches!(claim, Some(Claim::LeftOut { .. }))
     }
 
     /// A duplicate of a handle in this process.

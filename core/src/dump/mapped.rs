@@ -9,12 +9,13 @@ use super::{
 use crate::{
     image::records::VmaKind,
     memory::describe::{self, MappedObjects, MemoryDescription, Refused, Unknown},
-    plugins::HandleFacts,
+    plugins::{DescriptorKind, HandleFacts},
     proc::mappings::VmFlags,
     tree::Process,
 };
-use nix::fcntl::OFlag;
+use nix::{fcntl::OFlag, sys::stat::FileStat};
 use stasis_plugin_api::HandleInfo;
+use std::os::fd::AsFd;
 
 /// Takes what descriptor kinds know out of the mappings that core does not know. `memory` is that of the living processes.
 pub(super) fn adopt(
@@ -22,13 +23,22 @@ pub(super) fn adopt(
     memory: &mut [MemoryDescription],
     objects: &mut MappedObjects,
 ) -> Result<(), DumpError> {
+    // Plugins are asked first: they may look at the inventory.
+    let mut known = Vec::new();
+    {
+        let inventory = context.inventory.borrow();
+        for (process, memory) in inventory.tree.living().zip(&*memory) {
+            let of_process = memory.unknown.iter().map(|found| known_as_descriptor(context, process, found));
+            known.push(of_process.collect::<Result<Vec<_>, DumpError>>()?);
+        }
+    }
     let inventory = &mut *context.inventory.borrow_mut();
     let Inventory { tree, handles, .. } = inventory;
-    for (process, memory) in tree.living().zip(memory) {
+    for ((process, memory), known) in tree.living().zip(memory).zip(known) {
         let MemoryDescription { vmas, unknown, refused } = memory;
         let mut rest = Vec::with_capacity(unknown.len());
-        for found in unknown.drain(..) {
-            let Some(stat) = known_as_descriptor(context, process, &found) else {
+        for (found, known) in unknown.drain(..).zip(known) {
+            let Some(stat) = known else {
                 rest.push(found);
                 continue;
             };
@@ -60,12 +70,16 @@ fn known_as_descriptor(
     context: &Context<'_>,
     process: &Process,
     unknown: &Unknown,
-) -> Option<nix::sys::stat::FileStat> {
+) -> Result<Option<FileStat>, DumpError> {
     let mapping = &unknown.mapping;
-    if mapping.ino == 0 || claim::mapping_kind(context, process, mapping).is_some() {
-        return None;
+    if mapping.ino == 0 || claim::mapping_kind(context, process, mapping)?.is_some() {
+        return Ok(None);
     }
-    let stat = process.proc.stat(&describe::map_file(mapping)).ok()?;
+    let file = describe::map_file(mapping);
+    let Ok(stat) = process.proc.stat(&file) else { return Ok(None) };
+    if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
+        return Ok(None);
+    }
     let info = HandleInfo {
         link: String::from_utf8_lossy(&mapping.path).as_ref().into(),
         dev: stat.st_dev,
@@ -73,7 +87,13 @@ fn known_as_descriptor(
         mode: stat.st_mode,
         ..HandleInfo::default()
     };
-    let regular = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
-    let facts = HandleFacts::new(&info, &no_facts, &no_facts);
-    (regular && context.registry.descriptor_for(&facts).is_some()).then_some(stat)
+    let place = claim::place(mapping.start, mapping.end);
+    let judge = |kind: &DescriptorKind| {
+        let Ok(opened) = process.proc.open_file(&file, OFlag::O_RDONLY) else { return Ok(false) };
+        let host = context.host(&kind.plugin);
+        let call = context.call(&host, process.host_pid, &process.name, &place);
+        call.claims(kind, &info, opened.as_fd())
+    };
+    let facts = HandleFacts::new(&info, &no_facts, &no_facts, &judge);
+    Ok(context.registry.descriptor_for(&facts)?.map(|_| stat))
 }

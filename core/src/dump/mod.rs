@@ -11,10 +11,13 @@ mod mapped;
 mod options;
 mod pages;
 mod resources;
+mod survey;
+mod unclaimed;
 
-pub use claim::Unclaimed;
 pub use error::DumpError;
 pub use options::{Afterwards, DumpOptions};
+pub use survey::{Resource, Survey, TaskResources};
+pub use unclaimed::{OnUnclaimed, OnUnclaimedError, Policy, Unclaimed};
 
 use crate::{
     action::{Action, ActionScripts},
@@ -55,7 +58,8 @@ pub(crate) struct Context<'a> {
     options: &'a DumpOptions,
     registry: Registry,
     watch: &'static HookWatch,
-    writer: ImageWriter,
+    /// None in a dry run.
+    writer: Option<ImageWriter>,
     guardian: RefCell<Guardian>,
     inventory: RefCell<Inventory>,
     warnings: RefCell<Vec<String>>,
@@ -64,6 +68,31 @@ pub(crate) struct Context<'a> {
 }
 
 impl<'a> Context<'a> {
+    fn new(
+        options: &'a DumpOptions,
+        guardian: Guardian,
+        watch: &'static HookWatch,
+        writer: impl FnOnce() -> Result<Option<ImageWriter>, DumpError>,
+    ) -> Result<Self, DumpError> {
+        let mut registry = Registry::load(&options.plugins)?;
+        registry.set_options(&options.plugin_options)?;
+        Ok(Self {
+            options,
+            registry,
+            watch,
+            writer: writer()?,
+            guardian: RefCell::new(guardian),
+            inventory: RefCell::default(),
+            warnings: RefCell::default(),
+            network_locked: Cell::default(),
+        })
+    }
+
+    /// The image.
+    fn writer(&self) -> Result<&ImageWriter, DumpError> {
+        self.writer.as_ref().ok_or(DumpError::DryRun)
+    }
+
     /// What the hooks of `plugin` may ask.
     fn host<'s>(&'s self, plugin: &'s str) -> DumpHost<'s> {
         DumpHost { context: self, plugin }
@@ -115,6 +144,19 @@ impl<'a> Context<'a> {
 ///
 /// The guardian is forked here, before any plugin is loaded.
 pub fn supervised(options: &DumpOptions, report: impl Fn(Result<&DumpReport, &DumpError>) -> u8) -> u8 {
+    supervise(options, |guardian, watch| dump(options, guardian, watch), report)
+}
+
+/// Looks at a process tree that runs on, and tells what a dump would find; otherwise as [`supervised`].
+pub fn survey_supervised(options: &DumpOptions, report: impl Fn(Result<&Survey, &DumpError>) -> u8) -> u8 {
+    supervise(options, |guardian, watch| survey::survey(options, guardian, watch), report)
+}
+
+fn supervise<T>(
+    options: &DumpOptions,
+    work: impl Fn(Guardian, &'static HookWatch) -> Result<T, DumpError>,
+    report: impl Fn(Result<&T, &DumpError>) -> u8,
+) -> u8 {
     let run = || -> Result<u8, DumpError> {
         let watch = HookWatch::new().map_err(no_page)?;
         let guardian = Guardian::spawn()?;
@@ -123,7 +165,7 @@ pub fn supervised(options: &DumpOptions, report: impl Fn(Result<&DumpReport, &Du
             plugin_timeout: options.plugin_timeout,
             aftermath: "the tree runs on as before",
         };
-        let command = || report(dump(options, guardian, watch).as_ref());
+        let command = || report(work(guardian, watch).as_ref());
         Ok(front::supervise(&supervision, command)?)
     };
     run().unwrap_or_else(|error| report(Err(&error)))
@@ -140,19 +182,8 @@ fn dump(
     watch: &'static HookWatch,
 ) -> Result<DumpReport, DumpError> {
     let started = Instant::now();
-    let mut registry = Registry::load(&options.plugins)?;
-    registry.set_options(&options.plugin_options)?;
-    let writer = ImageWriter::create(&options.images_dir)?;
-    let context = Context {
-        options,
-        registry,
-        watch,
-        writer,
-        guardian: RefCell::new(guardian),
-        inventory: RefCell::default(),
-        warnings: RefCell::default(),
-        network_locked: Cell::default(),
-    };
+    let writer = || Ok(Some(ImageWriter::create(&options.images_dir)?));
+    let context = Context::new(options, guardian, watch, writer)?;
     let mut report = DumpReport::default();
     let result = steps(&context, &mut report);
     if result.is_err() {
@@ -235,10 +266,10 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     if snapshot {
         context.resume()?;
         report.frozen = frozen.elapsed();
-        pages.copy_snapshots(&context.guardian, &context.writer, &snapshots)?;
+        pages.copy_snapshots(&context.guardian, context.writer()?, &snapshots)?;
         context.guardian.borrow_mut().reap_snapshots()?;
     } else if !later.is_empty() {
-        pages.without_snapshots(&context.writer)?;
+        pages.without_snapshots(context.writer()?)?;
         pages.copy_rest(&context.guardian, &later)?;
     }
     report.page_bytes = pages.bytes();
@@ -248,15 +279,15 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
         // Checksums of pages need no frozen tree.
         context.resume()?;
         report.frozen = frozen.elapsed();
-        pages.finish(&context.writer)?
+        pages.finish(context.writer()?)?
     } else {
-        pages.finish(&context.writer)?
+        pages.finish(context.writer()?)?
     };
     passed("checksums");
     if options.afterwards == Afterwards::Kill {
         resources::commit(context)?;
     }
-    let stats = context.writer.finish(shards, options.sync)?;
+    let stats = context.writer()?.finish(shards, options.sync)?;
     passed("image complete");
     report.image_bytes = stats.core_bytes + stats.blob_bytes + stats.page_bytes;
     // From here on the image is complete: an error is no reason to undo it.

@@ -1,5 +1,6 @@
 //! What a dump is asked to do.
 
+use super::OnUnclaimed;
 use crate::plugins::{GivenOption, PluginChoice};
 use std::{path::PathBuf, time::Duration};
 
@@ -33,6 +34,8 @@ pub struct DumpOptions {
     pub copy_on_write: bool,
     /// `--external`: resources that the user knows to be outside, by keys of the plugins.
     pub external: Vec<String>,
+    /// `--on-unclaimed`: what becomes of what nobody takes; the last wish for a kind counts.
+    pub on_unclaimed: Vec<OnUnclaimed>,
     /// `--action-script`: commands for sh(1) that run at fixed points.
     pub action_scripts: Vec<String>,
     /// How long tasks may take to stop.
@@ -67,6 +70,7 @@ impl DumpOptions {
             shell_job: false,
             copy_on_write: true,
             external: Vec::new(),
+            on_unclaimed: Vec::new(),
             action_scripts: Vec::new(),
             timeout: Duration::from_secs(10),
             freeze_cgroup: None,

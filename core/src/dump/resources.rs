@@ -1,7 +1,11 @@
 //! Step 7 and 8, resources: plugins write their records, core writes tables and handles.
 
 use super::{Context, DumpError, inventory::Claim, inventory::Inventory};
-use crate::{files::table::Handle, image::records, tree::NamespaceMap};
+use crate::{
+    files::table::{Entry, Handle},
+    image::records,
+    tree::NamespaceMap,
+};
 use nix::errno::Errno;
 use stasis_plugin_api::{Actor, ActorKind, NamespaceInfo};
 use std::{
@@ -39,6 +43,12 @@ pub(super) fn objects(context: &Context<'_>) -> Result<(), DumpError> {
         let (task, name, resource) = whose(&inventory, index);
         let host = context.host(&kind.plugin);
         let dumped = context.call(&host, task, &name, &resource).dump(kind, &info)?;
+        let named = dumped.uses.iter().chain(&dumped.after).copied();
+        let mut named = named.chain(object.in_flight.iter().map(|&handle| Inventory::handle_id(handle)));
+        if let Some(id) = named.find(|&id| inventory.is_left_out(id)) {
+            let link = inventory.handle_info(id).map(|info| info.link.to_string()).unwrap_or_default();
+            return Err(DumpError::LeftOut { object: object.description.clone(), link });
+        }
         let object_of = |&handle: &u32| match inventory.claims.get((handle as usize).wrapping_sub(1)) {
             Some(Claim::Object { index, .. }) => Some(inventory.objects[*index].id),
             _ => None,
@@ -47,7 +57,7 @@ pub(super) fn objects(context: &Context<'_>) -> Result<(), DumpError> {
             dumped.after.iter().filter_map(object_of).filter(|&id| id != object.id).collect();
         after.sort_unstable();
         after.dedup();
-        context.writer.write(&records::Object {
+        context.writer()?.write(&records::Object {
             id: object.id,
             plugin: object.plugin.clone(),
             kind: object.kind.clone(),
@@ -80,7 +90,7 @@ pub(super) fn commit(context: &Context<'_>) -> Result<(), DumpError> {
 }
 
 /// For messages: a task that holds the object, its name, and the object.
-fn whose(inventory: &Inventory, index: usize) -> (i32, String, String) {
+pub(super) fn whose(inventory: &Inventory, index: usize) -> (i32, String, String) {
     let object = &inventory.objects[index];
     let handle = object.handles.first().map(|&handle| &inventory.handles.all[handle]);
     let (pid, number) = handle.map_or((0, -1), |handle| handle.subject());
@@ -111,7 +121,7 @@ pub(super) fn namespaces(context: &Context<'_>, namespaces: &NamespaceMap) -> Re
         let user = namespaces.foreign.iter().find(|other| {
             other.kind == "user" && other.members.iter().any(|member| namespace.members.contains(member))
         });
-        context.writer.write(&records::NamespaceObject {
+        context.writer()?.write(&records::NamespaceObject {
             id: namespace.id,
             kind: namespace.kind.into(),
             plugin: kind.plugin.to_string(),
@@ -133,7 +143,7 @@ pub(super) fn tasks(context: &Context<'_>) -> Result<(), DumpError> {
             let host = context.host(&kind.plugin);
             let record = context.call(&host, task.pid, &task.name, "").dump_task(kind, task)?;
             let Some(record) = record else { continue };
-            context.writer.write(&records::TaskRecord {
+            context.writer()?.write(&records::TaskRecord {
                 pid: task.pid,
                 plugin: kind.plugin.to_string(),
                 kind: kind.name().to_string(),
@@ -158,15 +168,23 @@ pub(super) fn tables(
         let claim = inventory.claims[index];
         let facts = &handle.facts;
         let (pid, number) = handle.subject();
-        let (owner, signal) = match handle.holders.is_empty() && handle.in_flight.is_none() {
+        if claim == (Claim::LeftOut { null: false }) {
+            continue;
+        }
+        let foreign = matches!(claim, Claim::External | Claim::LeftOut { .. });
+        let (owner, signal) = match foreign || handle.holders.is_empty() && handle.in_flight.is_none() {
             true => (None, 0),
             false => signals(&inventory, index, &uid)?,
         };
-        context.writer.write(&records::Handle {
+        if claim == (Claim::LeftOut { null: true }) {
+            context.writer()?.write(&null_device(&inventory, index)?)?;
+            continue;
+        }
+        context.writer()?.write(&records::Handle {
             id: Inventory::handle_id(index),
             object: match claim {
-                Claim::Path => 0,
                 Claim::Object { index, .. } => inventory.objects[index].id,
+                _ => 0,
             },
             status_flags: facts.status_flags,
             position: facts.position,
@@ -178,26 +196,49 @@ pub(super) fn tables(
             }),
             locks: inventory.locks.get(&index).cloned().unwrap_or_default(),
             role: match claim {
-                Claim::Path => 0,
                 Claim::Object { role, .. } => role,
+                _ => 0,
             },
+            external: inventory.external.get(&index).cloned().unwrap_or_default(),
             first_pid: pid,
             first_fd: number as u32,
             in_flight: handle.holders.is_empty(),
         })?;
     }
+    let kept = |entry: &&Entry| inventory.claims[entry.handle] != (Claim::LeftOut { null: false });
     let mut tables = HashSet::new();
     for (&pid, table) in inventory.tables.iter().filter(|(pid, _)| tables.insert(ids(**pid))) {
-        let descriptors = table.iter().map(|entry| records::Descriptor {
+        let descriptors = table.iter().filter(kept).map(|entry| records::Descriptor {
             number: entry.number as u32,
             handle: Inventory::handle_id(entry.handle),
             cloexec: entry.cloexec,
         });
         context
-            .writer
+            .writer()?
             .write(&records::DescriptorTable { id: ids(pid), descriptors: descriptors.collect() })?;
     }
     Ok(())
+}
+
+/// /dev/null in the place of a handle that is left out.
+fn null_device(inventory: &Inventory, index: usize) -> Result<records::Handle, DumpError> {
+    let root = &inventory.tree.root().proc;
+    let stat = root.stat("root/dev/null")?;
+    let (first_pid, number) = inventory.handles.all[index].subject();
+    Ok(records::Handle {
+        id: Inventory::handle_id(index),
+        status_flags: libc::O_RDWR as u32,
+        path: Some(records::PathRef {
+            path: b"/dev/null".to_vec(),
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+            mode: stat.st_mode,
+            ..records::PathRef::default()
+        }),
+        first_pid,
+        first_fd: number as u32,
+        ..records::Handle::default()
+    })
 }
 
 /// The inode of a description that is open for writing.

@@ -469,8 +469,10 @@ fn check_handles(image: &Image) -> Check {
         if handle.object != 0 {
             place.exists(RecordKind::Object, &image.objects, handle.object)?;
         } else {
-            place.field("path", 0u32, handle.path.is_some())?;
-            place.path(image, handle.path.as_ref())?;
+            place.field("path", 0u32, handle.path.is_some() != !handle.external.is_empty())?;
+            if handle.external.is_empty() {
+                place.path(image, handle.path.as_ref())?;
+            }
         }
         let kind = handle.owner.as_ref().map_or(0, |owner| owner.kind);
         // F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP.

@@ -36,6 +36,8 @@ macro_rules! hooks {
     };
 }
 hooks! {
+    /// Is it yours?
+    Claims "claims" "cannot be dumped";
     /// What is it?
     Describe "describe" "cannot be dumped";
     /// Write its record.
@@ -160,6 +162,21 @@ impl<H: HostAbi> CallContext<'_, H> {
         }
     }
 
+    /// See [`stasis_plugin_api::Descriptor::claims`].
+    pub fn claims(
+        &self,
+        kind: &DescriptorKind,
+        handle: &HandleInfo,
+        fd: BorrowedFd<'_>,
+    ) -> Result<bool, PluginError> {
+        self.call(kind, Hook::Claims, |hook, host| hook.claims(host, handle, fd.as_raw_fd()))
+    }
+
+    /// See [`stasis_plugin_api::Mapping::claims`].
+    pub fn claims_mapping(&self, kind: &MappingKind, vma: &VmaInfo) -> Result<bool, PluginError> {
+        self.call(kind, Hook::Claims, |hook, host| hook.claims(host, vma))
+    }
+
     /// See [`stasis_plugin_api::Descriptor::describe`]. The descriptors in flight come as owned ones, in the order of
     /// `Described::in_flight`, which is left empty.
     pub fn describe(
@@ -262,7 +279,7 @@ impl<H: HostAbi> CallContext<'_, H> {
     }
 
     /// See [`stasis_plugin_api::Mapping::dump`].
-    pub fn dump_mapping(&self, kind: &MappingKind, vma: &VmaInfo) -> Result<Dumped<Bytes>, PluginError> {
+    pub fn dump_mapping(&self, kind: &MappingKind, vma: &VmaInfo) -> Result<Bytes, PluginError> {
         self.call(kind, Hook::Dump, |hook, host| hook.dump(host, vma))
     }
 

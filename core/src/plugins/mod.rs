@@ -24,6 +24,6 @@ pub use loader::{
 pub use options::{DeclaredOption, GivenOption, split_arguments};
 pub use registry::{PluginChoice, Registry, Wanted};
 pub use scaffold::{ScaffoldError, scaffold};
-pub use selectors::{HandleFacts, MappingFacts, describe_selector};
+pub use selectors::{HandleFacts, Judge, MappingFacts, describe_selector};
 pub use trust::{Exposure, Untrusted};
 pub use watch::{HookWatch, Running, RunningHook};

@@ -2,7 +2,7 @@
 
 use super::{
     DescriptorKind, GivenOption, HandleFacts, Kind, LifecycleKind, LoadedPlugin, MappingFacts, MappingKind,
-    NamespaceKind, PluginFile, PluginsError, SessionKind, TaskKind, describe_selector,
+    NamespaceKind, PluginError, PluginFile, PluginsError, SessionKind, TaskKind, describe_selector,
     error::{Found, NeededPlugin},
     find_files, load,
     selectors::{Claim, Table},
@@ -25,7 +25,7 @@ pub struct PluginChoice {
     pub only: Vec<String>,
     /// `--without`.
     pub without: Vec<String>,
-    /// `--prefer`: these win where two plugins claim the same.
+    /// `--prefer`: these come before all others, the first of them first.
     pub prefer: Vec<String>,
     /// `--allow-unsafe-plugins`: as root, load also what others can change.
     pub allow_unsafe: bool,
@@ -145,27 +145,29 @@ impl Registry {
         self.plugins.iter().find(|plugin| &*plugin.name == name)
     }
 
-    /// Who takes a descriptor.
-    pub fn descriptor_for(&self, facts: &HandleFacts<'_>) -> Option<&DescriptorKind> {
-        let claim = self.tables.find(&self.plugins, Wanted::Handle(facts))?;
-        Some(&self.plugins[claim.plugin].descriptors[claim.kind])
+    /// Who takes a descriptor. Fails if a plugin cannot say whether it would.
+    pub fn descriptor_for(&self, facts: &HandleFacts<'_>) -> Result<Option<&DescriptorKind>, PluginError> {
+        let claim = self.tables.find(&self.plugins, Wanted::Handle(facts), None);
+        facts.check()?;
+        Ok(claim.map(|claim| &self.plugins[claim.plugin].descriptors[claim.kind]))
     }
 
-    /// Who takes a mapping.
-    pub fn mapping_for(&self, facts: &MappingFacts<'_>) -> Option<&MappingKind> {
-        let claim = self.tables.find(&self.plugins, Wanted::Mapping(facts))?;
-        Some(&self.plugins[claim.plugin].mappings[claim.kind])
+    /// Who takes a mapping, likewise.
+    pub fn mapping_for(&self, facts: &MappingFacts<'_>) -> Result<Option<&MappingKind>, PluginError> {
+        let claim = self.tables.find(&self.plugins, Wanted::Mapping(facts), None);
+        facts.check()?;
+        Ok(claim.map(|claim| &self.plugins[claim.plugin].mappings[claim.kind]))
     }
 
     /// Who takes a namespace type.
     pub fn namespace(&self, kind: &str) -> Option<&NamespaceKind> {
-        let claim = self.tables.find(&self.plugins, Wanted::Namespace(kind))?;
+        let claim = self.tables.find(&self.plugins, Wanted::Namespace(kind), None)?;
         Some(&self.plugins[claim.plugin].namespaces[claim.kind])
     }
 
     /// Who takes a controlling terminal.
     pub fn terminal(&self, major: u32) -> Option<&SessionKind> {
-        let claim = self.tables.find(&self.plugins, Wanted::Terminal(major))?;
+        let claim = self.tables.find(&self.plugins, Wanted::Terminal(major), None)?;
         Some(&self.plugins[claim.plugin].sessions[claim.kind])
     }
 
@@ -204,8 +206,23 @@ impl Registry {
         by_name(&self.plugin(plugin)?.tasks, kind)
     }
 
-    /// Name of a plugin that is known but not enabled and would take a resource that nobody takes.
-    pub fn would_take(&self, wanted: Wanted<'_>) -> Option<&str> {
+    /// What the user can do so that another plugin takes a resource: one that nobody takes, or that the plugin `refuser` takes
+    /// but refuses. Empty if there is none.
+    pub fn remedy(&self, wanted: Wanted<'_>, refuser: Option<&str>) -> String {
+        let refusing = refuser.and_then(|name| self.plugins.iter().position(|plugin| &*plugin.name == name));
+        let other = refusing.and_then(|plugin| self.tables.find(&self.plugins, wanted, Some(plugin)));
+        if let Some(claim) = other {
+            let name = &self.plugins[claim.plugin].name;
+            return format!("plugin {name} would take it: --prefer {name}");
+        }
+        match self.would_take(wanted) {
+            Some(name) => format!("plugin {name} would take it: enable it"),
+            None => String::new(),
+        }
+    }
+
+    /// Name of a plugin that is known but not enabled and would take a resource.
+    fn would_take(&self, wanted: Wanted<'_>) -> Option<&str> {
         let (plugins, tables) = self.disabled.get_or_init(|| {
             // Only for a hint: what cannot be loaded cannot help.
             let plugins: Vec<_> =
@@ -214,7 +231,7 @@ impl Registry {
             let tables = Tables::new(&plugins, &names).unwrap_or_default();
             (plugins, tables)
         });
-        let claim = tables.find(plugins, wanted)?;
+        let claim = tables.find(plugins, wanted, None)?;
         Some(&plugins[claim.plugin].name)
     }
 
@@ -347,20 +364,26 @@ impl Tables {
             fill(&mut tables.mappings, plugins, number, &plugin.mappings, prefer, |p| &p.mappings)?;
         }
         let Self { descriptors, sessions, namespaces, mappings } = &mut tables;
-        [descriptors, sessions, namespaces, mappings].into_iter().for_each(Table::sort);
+        for table in [descriptors, sessions, namespaces, mappings] {
+            table.sort(|claim| {
+                let name = &*plugins[claim.plugin].name;
+                prefer.iter().position(|preferred| preferred == name).unwrap_or(prefer.len())
+            });
+        }
         Ok(tables)
     }
 
-    fn find(&self, plugins: &[LoadedPlugin], wanted: Wanted<'_>) -> Option<Claim> {
+    /// Who takes something, other than plugin `except`.
+    fn find(&self, plugins: &[LoadedPlugin], wanted: Wanted<'_>, except: Option<usize>) -> Option<Claim> {
         match wanted {
             Wanted::Handle(facts) => self.descriptors.find(|selector, claim| match selector {
-                Selector::Predicate => {
-                    plugins[claim.plugin].descriptors[claim.kind].hook.claims(facts.handle())
-                }
+                _ if except == Some(claim.plugin) => false,
+                Selector::Predicate => facts.judged(&plugins[claim.plugin].descriptors[claim.kind]),
                 _ => facts.fits(selector),
             }),
             Wanted::Mapping(facts) => self.mappings.find(|selector, claim| match selector {
-                Selector::Predicate => plugins[claim.plugin].mappings[claim.kind].hook.claims(facts.vma()),
+                _ if except == Some(claim.plugin) => false,
+                Selector::Predicate => facts.judged(&plugins[claim.plugin].mappings[claim.kind]),
                 _ => facts.fits(selector),
             }),
             Wanted::Namespace(kind) => self

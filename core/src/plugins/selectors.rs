@@ -1,15 +1,34 @@
 //! Selectors as sorted tables: what is more special comes first, and the first that fits takes the resource.
 
-use super::PluginsError;
+use super::{DescriptorKind, MappingKind, PluginError, PluginsError};
 use nix::sys::stat::{SFlag, major, minor};
 use stasis_plugin_api::{HandleInfo, Selector, VmaInfo};
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
+
+/// Asks a kind whether it takes something by its own judgement.
+pub type Judge<'a, K> = &'a dyn Fn(&K) -> Result<bool, PluginError>;
 
 /// Facts of a descriptor by which selectors choose. What costs a system call is looked up only if a selector asks.
 pub struct HandleFacts<'a> {
     handle: &'a HandleInfo,
     filesystem: Lazy<'a, u64>,
     socket: Lazy<'a, [i32; 3]>,
+    judgement: Judgement<'a, DescriptorKind>,
+}
+
+/// Kinds that judge for themselves; the first error of one of them.
+struct Judgement<'a, K> {
+    judge: Judge<'a, K>,
+    failed: RefCell<Option<PluginError>>,
+}
+
+impl<K> Judgement<'_, K> {
+    fn takes(&self, kind: &K) -> bool {
+        (self.judge)(kind).unwrap_or_else(|error| {
+            self.failed.borrow_mut().get_or_insert(error);
+            false
+        })
+    }
 }
 
 /// A fact that is looked up at most once, and only if somebody asks.
@@ -30,18 +49,26 @@ impl<'a, T: Copy> Lazy<'a, T> {
 
 impl<'a> HandleFacts<'a> {
     /// `handle` with link, mode and rdev filled in; `filesystem` gives the magic of statfs(2), `socket` gives
-    /// `SO_DOMAIN`, `SO_TYPE` and `SO_PROTOCOL` (socket(7)). Each is called at most once.
+    /// `SO_DOMAIN`, `SO_TYPE` and `SO_PROTOCOL` (socket(7)). Each is called at most once; `judge` once per kind that
+    /// [`Selector::Predicate`] stands for.
     pub fn new(
         handle: &'a HandleInfo,
         filesystem: &'a dyn Fn() -> Option<u64>,
         socket: &'a dyn Fn() -> Option<[i32; 3]>,
+        judge: Judge<'a, DescriptorKind>,
     ) -> Self {
-        Self { handle, filesystem: Lazy::new(filesystem), socket: Lazy::new(socket) }
+        let judgement = Judgement { judge, failed: RefCell::default() };
+        Self { handle, filesystem: Lazy::new(filesystem), socket: Lazy::new(socket), judgement }
     }
 
-    /// What plugins see of it.
-    pub fn handle(&self) -> &'a HandleInfo {
-        self.handle
+    /// Whether a kind takes it by its own judgement.
+    pub(super) fn judged(&self, kind: &DescriptorKind) -> bool {
+        self.judgement.takes(kind)
+    }
+
+    /// The first error of a kind that was to judge: nobody may take the resource then.
+    pub(super) fn check(&self) -> Result<(), PluginError> {
+        self.judgement.failed.take().map_or(Ok(()), Err)
     }
 
     fn is(&self, file_type: SFlag) -> bool {
@@ -79,17 +106,24 @@ impl<'a> HandleFacts<'a> {
 pub struct MappingFacts<'a> {
     vma: &'a VmaInfo,
     device: Lazy<'a, u64>,
+    judgement: Judgement<'a, MappingKind>,
 }
 
 impl<'a> MappingFacts<'a> {
     /// `device` gives `st_rdev` of the mapped file if that is a character device; it is called at most once.
-    pub fn new(vma: &'a VmaInfo, device: &'a dyn Fn() -> Option<u64>) -> Self {
-        Self { vma, device: Lazy::new(device) }
+    pub fn new(vma: &'a VmaInfo, device: &'a dyn Fn() -> Option<u64>, judge: Judge<'a, MappingKind>) -> Self {
+        let judgement = Judgement { judge, failed: RefCell::default() };
+        Self { vma, device: Lazy::new(device), judgement }
     }
 
-    /// What plugins see of it.
-    pub fn vma(&self) -> &'a VmaInfo {
-        self.vma
+    /// Whether a kind takes it by its own judgement.
+    pub(super) fn judged(&self, kind: &MappingKind) -> bool {
+        self.judgement.takes(kind)
+    }
+
+    /// The first error of a kind that was to judge.
+    pub(super) fn check(&self) -> Result<(), PluginError> {
+        self.judgement.failed.take().map_or(Ok(()), Err)
     }
 
     pub(super) fn fits(&self, selector: &Selector) -> bool {
@@ -138,9 +172,9 @@ impl Table {
         Ok(())
     }
 
-    /// To be called when all claims are there.
-    pub fn sort(&mut self) {
-        self.entries.sort_by_key(|(selector, _)| rank(selector));
+    /// To be called when all claims are there. `preferred` says how early a plugin comes, whatever its selectors.
+    pub fn sort(&mut self, preferred: impl Fn(Claim) -> usize) {
+        self.entries.sort_by_key(|(selector, claim)| (preferred(*claim), rank(selector)));
     }
 
     /// The first claim that `fits`.

@@ -21,6 +21,7 @@ use std::{
 pub fn check(plans: &Plans, options: &RestoreOptions) -> Result<()> {
     machine(plans)?;
     tasks(plans)?;
+    externals(plans)?;
     session(plans, options)?;
     // Behind a mount namespace of the image, paths mean nothing yet; there the root task does this.
     if has_mounts(plans) { Ok(()) } else { files(plans) }
@@ -51,6 +52,21 @@ fn machine(plans: &Plans) -> Result<()> {
     if header.vdso_digest != vdso {
         let release = here.release().display();
         return wrong(format!("its vdso is that of kernel {}, this is {release}", header.kernel_release));
+    }
+    Ok(())
+}
+
+/// What was external at the dump must be given now.
+fn externals(plans: &Plans) -> Result<()> {
+    let handles = plans.image.handles.values().filter(|handle| !handle.external.is_empty());
+    for handle in handles.filter(|handle| !plans.inherited.contains_key(&handle.external)) {
+        return Err(RestoreError::NeedsFlag {
+            what: format!(
+                "descriptor {} of task {} was external at the dump",
+                handle.first_fd, handle.first_pid
+            ),
+            flag: format!("--inherit-fd 'fd[N]:{}' to give it one", handle.external),
+        });
     }
     Ok(())
 }
@@ -104,7 +120,7 @@ fn session(plans: &Plans, options: &RestoreOptions) -> Result<()> {
         task_name(root),
         root.sid
     );
-    Err(RestoreError::NeedsFlag { what, flag: "--shell-job to restore it into the session of stasis" })
+    Err(RestoreError::NeedsFlag { what, flag: "--shell-job to restore it into the session of stasis".into() })
 }
 
 /// Whether every file that the tasks need is there, and is what it was. The one place where that is looked at: files that

@@ -118,6 +118,13 @@ impl<'a> TaskDescriptors<'a> {
 
     fn create_file(&mut self, id: u32) -> Result<()> {
         let Some(handle) = self.world.plans.image.handles.get(&id) else { return Ok(()) };
+        if !handle.external.is_empty() {
+            // That it is there was checked before.
+            let Some(&number) = self.world.plans.inherited.get(&handle.external) else { return Ok(()) };
+            let fd = sys::duplicate_above(number, 0);
+            let fd = fd.map_err(self.failed(format!("duplicate the descriptor for {}", handle.external)))?;
+            return self.place(vec![(id, fd)], false);
+        }
         let path = handle.path.clone().unwrap_or_default();
         let fd = self.open(handle, &path)?;
         if handle.position != 0 {
@@ -358,7 +365,8 @@ impl<'a> TaskDescriptors<'a> {
         else {
             return Ok(());
         };
-        if handle.status_flags as i32 & libc::O_PATH != 0 {
+        // What is outside is as its owner wants it.
+        if handle.status_flags as i32 & libc::O_PATH != 0 || !handle.external.is_empty() {
             return Ok(());
         }
         handle

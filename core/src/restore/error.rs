@@ -112,7 +112,7 @@ pub enum RestoreError {
         /// Why.
         what: String,
         /// The flag.
-        flag: &'static str,
+        flag: String,
     },
     /// An operation failed in or for a task.
     #[error("task {pid}{}: cannot {operation}: {source}", named(name))]

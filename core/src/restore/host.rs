@@ -119,6 +119,9 @@ impl HostAbi for RestoreHost<'_> {
     fn ends_tree(&self) -> bool {
         false
     }
+    fn is_dry_run(&self) -> bool {
+        false
+    }
     fn externals(&self) -> RVec<RString> {
         self.plans.external.iter().map(|key| key.as_str().into()).collect()
     }
@@ -164,6 +167,9 @@ impl HostAbi for RestoreHost<'_> {
         let table = image.task(pid).and_then(|task| image.tables.get(&task.files));
         let descriptors = table.map_or(&[][..], |table| &table.descriptors);
         descriptors.iter().find(|d| d.number as i32 == fd).map(|d| d.handle).into()
+    }
+    fn handle_of(&self, _: u64, _: u64) -> ROption<u32> {
+        ROption::RNone
     }
     fn open_handle(&self, id: u32) -> AbiResult<i32> {
         self.duplicate(id, None).map(IntoRawFd::into_raw_fd).into()

@@ -36,6 +36,8 @@ pub struct FakeHost {
     pub inherited: BTreeMap<String, OwnedFd>,
     /// Whether the tree is left running after the dump.
     pub leave_running: bool,
+    /// Whether the dump is a dry run.
+    pub dry_run: bool,
     /// What hooks have warned of.
     pub warnings: RefCell<Vec<String>>,
     /// What the guardian would be asked to undo.
@@ -172,6 +174,9 @@ impl HostAbi for FakeHost {
     fn ends_tree(&self) -> bool {
         !self.leave_running
     }
+    fn is_dry_run(&self) -> bool {
+        self.dry_run
+    }
     fn externals(&self) -> RVec<RString> {
         self.externals.iter().map(|key| key.as_str().into()).collect()
     }
@@ -192,6 +197,10 @@ impl HostAbi for FakeHost {
     }
     fn handle_at(&self, pid: i32, fd: i32) -> ROption<u32> {
         if pid == own_pid() { self.find(fd).into() } else { ROption::RNone }
+    }
+    fn handle_of(&self, dev: u64, ino: u64) -> ROption<u32> {
+        let of_file = |handle: &&Handle| (handle.info.dev, handle.info.ino) == (dev, ino);
+        self.handles.values().find(of_file).map(|handle| handle.info.id).into()
     }
     fn open_handle(&self, id: u32) -> AbiResult<i32> {
         across(self.duplicate(id).map(IntoRawFd::into_raw_fd))

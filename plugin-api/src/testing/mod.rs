@@ -128,6 +128,11 @@ impl Kit {
         unsafe { BorrowedFd::borrow_raw(number) }
     }
 
+    /// Whether a kind under test takes a handle by its own judgement ([`Descriptor::claims`]).
+    pub fn claims(&self, kind: &str, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<bool> {
+        self.host.call(|host| self.kind(kind)?.claims(host, handle, fd.as_raw_fd()).into_result())
+    }
+
     /// Describes and dumps everything held; returns the number of objects. Nothing is closed: the tree runs on.
     pub fn dump(&mut self) -> Result<usize> {
         self.objects.clear();

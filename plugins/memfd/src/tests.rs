@@ -81,8 +81,11 @@ fn seals_and_mode_come_back() {
 
 #[test]
 fn only_memory_files_are_claimed() {
-    let claims =
-        |link: &str, dev| MemoryFiles.claims(&HandleInfo { link: link.into(), dev, ..HandleInfo::default() });
+    let kit = kit();
+    let claims = |link: &str, dev| {
+        let handle = HandleInfo { link: link.into(), dev, ..HandleInfo::default() };
+        kit.claims(MemoryFiles::KIND, &handle, std::io::stdin().as_fd()).unwrap()
+    };
     let dev = kernel::devices()[0];
     assert!(claims("/memfd:x (deleted)", dev));
     assert!(!claims("/memfd:x (deleted)", dev + 1));

@@ -88,7 +88,7 @@ impl Descriptor for Refused {
         vec![Selector::Predicate]
     }
 
-    fn claims(&self, handle: &HandleInfo) -> bool {
+    fn claims(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> bool {
         refusal(&handle.link).is_some()
     }
 

@@ -84,7 +84,9 @@ pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket
         // Beyond what the peer's FIN brings about.
         let deaf = events & libc::POLLRDHUP != 0 && !state::fin_received(info.state);
         record.shutdown = deaf.into();
-        connection::dump(host, object, handle, fd, &mut record)?;
+        if !host.is_dry_run() {
+            connection::dump(host, object, handle, fd, &mut record)?;
+        }
     }
     Ok(Dumped::new(record))
 }

@@ -21,8 +21,14 @@ fn label(ino: u64) -> String {
     format!("socket:[{ino}] (unix)")
 }
 
-/// A pair is named by the smaller inode number; that end has role 0.
-pub(crate) fn describe(census: &mut Census, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
+/// A pair is named by the smaller inode number; that end has role 0. Queues are not looked at in a dry run: a look changes
+/// options of the socket for a moment.
+pub(crate) fn describe(
+    host: &Host<'_>,
+    census: &mut Census,
+    handle: &HandleInfo,
+    fd: BorrowedFd<'_>,
+) -> Result<Described> {
     let socket = Socket::read(handle, fd)?;
     let (identity, role) = match socket.peer_ino().filter(|_| socket.paired) {
         Some(peer) if peer < socket.ino => (peer, 1),
@@ -35,7 +41,17 @@ pub(crate) fn describe(census: &mut Census, handle: &HandleInfo, fd: BorrowedFd<
         ..Described::default()
     };
     let mut queue = Vec::new();
-    for mut message in receive_queue(fd, &socket, &label(socket.ino))? {
+    let messages = match host.is_dry_run() {
+        false => receive_queue(fd, &socket, &label(socket.ino))?,
+        true => {
+            if !socket.listening && socket.diag.receive_queue > 0 {
+                let why = "a dry run does not look into its queue, where descriptors may be that others seem to lack";
+                host.warn(&format!("{}: {why}", label(socket.ino)));
+            }
+            Vec::new()
+        }
+    };
+    for mut message in messages {
         let fds = std::mem::take(&mut message.fds);
         queue.push(Queued { fds: fds.len(), message });
         described.in_flight.extend(fds.into_iter().map(IntoRawFd::into_raw_fd));

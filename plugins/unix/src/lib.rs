@@ -58,8 +58,8 @@ impl Descriptor for Unix {
         vec![Selector::Socket { domain: libc::AF_UNIX, kind: -1, protocol: -1 }]
     }
 
-    fn describe(&self, _: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
-        dump::describe(&mut self.census(), handle, fd)
+    fn describe(&self, host: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
+        dump::describe(host, &mut self.census(), handle, fd)
     }
 
     fn dump(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Sockets>> {

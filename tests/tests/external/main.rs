@@ -1,5 +1,7 @@
-//! Plugins by others: built outside the workspace against the plugin API alone, and loaded from `--plugin-dir`.
+//! Plugins by others: built outside the workspace against the plugin API alone, and loaded from `--plugin-dir`. And dumps with
+//! some of the plugins only.
 
+mod selective;
 mod template;
 
 use std::process::ExitCode;
@@ -7,5 +9,7 @@ use std::process::ExitCode;
 use stasis_tests::suite;
 
 fn main() -> ExitCode {
-    suite::main(template::tests())
+    let mut tests = template::tests();
+    tests.extend(selective::tests());
+    suite::main(tests)
 }
