@@ -469,7 +469,7 @@ fn check_handles(image: &Image) -> Check {
         if handle.object != 0 {
             place.exists(RecordKind::Object, &image.objects, handle.object)?;
         } else {
-            place.field("path", 0u32, handle.path.is_some() != !handle.external.is_empty())?;
+            place.field("path", 0u32, handle.path.is_some() == handle.external.is_empty())?;
             if handle.external.is_empty() {
                 place.path(image, handle.path.as_ref())?;
             }

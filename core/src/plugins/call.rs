@@ -305,10 +305,13 @@ impl<H: HostAbi> CallContext<'_, H> {
 
     /// Takes over descriptors that a hook gave away.
     fn own<K>(&self, kind: &Kind<K>, hook: Hook, fds: RVec<i32>) -> Result<Vec<OwnedFd>, PluginError> {
-        if let Some(bad) = fds.iter().find(|fd| **fd < 0) {
-            return Err(self.error(kind, hook, HookError::invalid(format!("descriptor {bad} was returned"))));
+        // SAFETY: F_GETFD takes no pointer; EBADF of a number that is not open, or negative.
+        let closed = |fd: &&i32| unsafe { libc::fcntl(**fd, libc::F_GETFD) } < 0;
+        if let Some(bad) = fds.iter().find(closed) {
+            let what = format!("descriptor {bad} was returned, which is not open");
+            return Err(self.error(kind, hook, HookError::invalid(what)));
         }
-        // SAFETY: a hook gives away what it returns (`IntoRawFd` in plugin-api), and the numbers are not negative.
+        // SAFETY: a hook gives away what it returns (`IntoRawFd` in plugin-api), and the numbers are open.
         Ok(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
     }
 }

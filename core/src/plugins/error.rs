@@ -150,6 +150,9 @@ pub enum BadFile {
     /// A library, but not one of ours.
     #[error("it exports no plugin root module")]
     NoRootModule,
+    /// A plugin with nothing registered.
+    #[error("it exports nothing that it could do (a `register!` is missing)")]
+    NoKinds,
     /// A plugin without a name.
     #[error("it declares no name")]
     NoName,

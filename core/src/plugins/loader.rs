@@ -302,6 +302,9 @@ pub fn load(path: &Path) -> Result<LoadedPlugin, PluginsError> {
         lifecycles: kinds!(lifecycles),
         name,
     };
+    if plugin.kinds().is_empty() {
+        return Err(PluginsError::NotAPlugin { path: path.into(), reason: BadFile::NoKinds });
+    }
     tracing::debug!(plugin = %plugin.name, version = plugin.version, file = %path.display(), ?looked,
         took = ?start.elapsed(), "plugin loaded");
     Ok(plugin)

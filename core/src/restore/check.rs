@@ -58,17 +58,17 @@ fn machine(plans: &Plans) -> Result<()> {
 
 /// What was external at the dump must be given now.
 fn externals(plans: &Plans) -> Result<()> {
-    let handles = plans.image.handles.values().filter(|handle| !handle.external.is_empty());
-    for handle in handles.filter(|handle| !plans.inherited.contains_key(&handle.external)) {
-        return Err(RestoreError::NeedsFlag {
+    let mut handles = plans.image.handles.values().filter(|handle| !handle.external.is_empty());
+    match handles.find(|handle| !plans.inherited.contains_key(&handle.external)) {
+        None => Ok(()),
+        Some(handle) => Err(RestoreError::NeedsFlag {
             what: format!(
                 "descriptor {} of task {} was external at the dump",
                 handle.first_fd, handle.first_pid
             ),
             flag: format!("--inherit-fd 'fd[N]:{}' to give it one", handle.external),
-        });
+        }),
     }
-    Ok(())
 }
 
 fn tasks(plans: &Plans) -> Result<()> {
