@@ -10,12 +10,13 @@ use crate::{
     files::{Names, locks, table::Handle},
     image::records::{FileLock, LockKind, PathRef},
     memory::describe::{Unknown, map_file},
-    plugins::{DescriptorKind, HandleFacts, MappingFacts, MappingKind, Wanted},
+    plugins::{DescriptorKind, HandleFacts, MappingFacts, MappingKind, PluginError, Wanted},
     proc::{ProcDir, mappings::Mapping},
     tree::{Process, Tree},
 };
 use nix::errno::Errno;
 use stasis_plugin_api::{ErrorKind, HandleInfo, VmaInfo};
+use std::cell::OnceCell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// SO_DOMAIN, SO_TYPE and SO_PROTOCOL of a socket.
@@ -155,6 +156,56 @@ fn refuse(
     Claim::LeftOut { null: policy == Policy::Null }
 }
 
+/// Calls `f` with the facts by which a handle is claimed. Most kinds need a duplicate, which is put into `opened`; plain
+/// files do not, and an O_PATH descriptor of a device cannot be asked anything.
+fn facts_of<T>(
+    context: &Context<'_>,
+    inventory: &Inventory,
+    index: usize,
+    opened: &OnceCell<Result<OwnedFd, Errno>>,
+    f: impl FnOnce(&HandleFacts<'_>) -> T,
+) -> T {
+    let id = Inventory::handle_id(index);
+    let info = inventory.handle_info(id).unwrap_or_default();
+    let (pid, number) = inventory.handles.all[index].subject();
+    let resource = format!("descriptor {number}, {}", info.link);
+    let open = || opened.get_or_init(|| inventory.open_handle(id)).as_ref();
+    let magic = || filesystem_magic(open().ok()?.as_fd());
+    let socket = || socket_facts(open().ok()?.as_fd());
+    let judge = |kind: &DescriptorKind| {
+        let host = context.host(&kind.plugin);
+        let Ok(fd) = open() else { return Ok(false) };
+        context.call(&host, pid, "", &resource).claims(kind, &info, fd.as_fd())
+    };
+    f(&HandleFacts::new(&info, &magic, &socket, &judge))
+}
+
+/// Which plugin would take a handle that nobody takes, or that `refuser` takes but refuses, and what must be done for that.
+fn other_taker(context: &Context<'_>, inventory: &Inventory, index: usize, refuser: Option<&str>) -> String {
+    let opened = OnceCell::new();
+    facts_of(context, inventory, index, &opened, |facts| {
+        context.registry.remedy(Wanted::Handle(facts), refuser)
+    })
+}
+
+/// A refusal of a plugin, with the name of another one that would take the handle, if there is one.
+pub(super) fn with_other_taker(
+    context: &Context<'_>,
+    inventory: &Inventory,
+    index: usize,
+    mut error: PluginError,
+) -> PluginError {
+    let other = match error.source.kind {
+        ErrorKind::Unsupported => other_taker(context, inventory, index, Some(&error.plugin)),
+        _ => String::new(),
+    };
+    let remedy = &mut error.source.remedy;
+    if !other.is_empty() {
+        *remedy = if remedy.is_empty() { other.into() } else { format!("{remedy}; {other}").into() };
+    }
+    error
+}
+
 fn descriptor(
     context: &Context<'_>,
     index: usize,
@@ -188,20 +239,12 @@ fn descriptor(
     let task = inventory.tree.processes.iter().find(|process| process.host_pid == pid);
     let task_name = task.map_or("", |process| process.name.as_str());
     let resource = format!("{place}, {}", info.link);
-    // Most kinds need a duplicate; plain files do not, and an O_PATH descriptor of a device cannot be asked anything.
-    let opened = std::cell::OnceCell::new();
+    let opened = OnceCell::new();
     let open = || opened.get_or_init(|| inventory.open_handle(id));
-    let magic = || filesystem_magic(open().as_ref().ok()?.as_fd());
-    let socket = || socket_facts(open().as_ref().ok()?.as_fd());
-    let judge = |kind: &DescriptorKind| {
-        let host = context.host(&kind.plugin);
-        let Ok(fd) = open() else { return Ok(false) };
-        context.call(&host, pid, task_name, &resource).claims(kind, &info, fd.as_fd())
-    };
-    let facts = HandleFacts::new(&info, &magic, &socket, &judge);
-    let Some(kind) = context.registry.descriptor_for(&facts)? else {
+    let kind = facts_of(context, &inventory, index, &opened, |facts| context.registry.descriptor_for(facts))?;
+    let Some(kind) = kind else {
         if !is_path_backed(handle) {
-            let plugin = context.registry.remedy(Wanted::Handle(&facts), None);
+            let plugin = other_taker(context, &inventory, index, None);
             let remedy = unclaimed::way_out(class, &info.link, plugin);
             return refused(format!("{} is claimed by no enabled plugin", info.link), remedy);
         }
@@ -228,10 +271,8 @@ fn descriptor(
         Ok(described) => described,
         // All of them at once, as what nobody claims.
         Err(error) if error.source.kind == ErrorKind::Unsupported => {
-            let other = context.registry.remedy(Wanted::Handle(&facts), Some(&kind.plugin));
-            let remedies = [error.source.remedy.to_string(), other];
-            let remedy = remedies.iter().filter(|remedy| !remedy.is_empty()).cloned().collect::<Vec<_>>();
-            return refused(format!("{}: {}", info.link, error.source.what), remedy.join("; "));
+            let error = with_other_taker(context, &inventory, index, error);
+            return refused(format!("{}: {}", info.link, error.source.what), error.source.remedy.to_string());
         }
         Err(error) => return Err(error.into()),
     };

@@ -1,6 +1,6 @@
 //! Step 7 and 8, resources: plugins write their records, core writes tables and handles.
 
-use super::{Context, DumpError, inventory::Claim, inventory::Inventory};
+use super::{Context, DumpError, claim, inventory::Claim, inventory::Inventory};
 use crate::{
     files::table::{Entry, Handle},
     image::records,
@@ -42,7 +42,11 @@ pub(super) fn objects(context: &Context<'_>) -> Result<(), DumpError> {
         let info = inventory.object_info(index);
         let (task, name, resource) = whose(&inventory, index);
         let host = context.host(&kind.plugin);
-        let dumped = context.call(&host, task, &name, &resource).dump(kind, &info)?;
+        let dumped = context.call(&host, task, &name, &resource).dump(kind, &info);
+        let dumped = dumped.map_err(|error| match object.handles.first() {
+            Some(&handle) => claim::with_other_taker(context, &inventory, handle, error),
+            None => error,
+        })?;
         let named = dumped.uses.iter().chain(&dumped.after).copied();
         let mut named = named.chain(object.in_flight.iter().map(|&handle| Inventory::handle_id(handle)));
         if let Some(id) = named.find(|&id| inventory.is_left_out(id)) {

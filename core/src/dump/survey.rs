@@ -3,7 +3,7 @@
 
 use super::{
     Context, DumpError, DumpOptions,
-    claim::place,
+    claim::{self, place},
     collect::{self, FrozenTree},
     inventory::{Claim, Inventory},
     resources,
@@ -130,7 +130,14 @@ fn ask_for_records(
         let (task, name, resource) = resources::whose(&inventory, index);
         let host = context.host(&kind.plugin);
         let dumped = context.call(&host, task, &name, &resource).dump(kind, &inventory.object_info(index));
-        by_object.extend(dumped.err().and_then(|error| refusal(context, error)).map(|r| (index, r)));
+        let refused = dumped.err().and_then(|error| {
+            let error = match object.handles.first() {
+                Some(&handle) => claim::with_other_taker(context, &inventory, handle, error),
+                None => error,
+            };
+            refusal(context, error)
+        });
+        by_object.extend(refused.map(|refusal| (index, refusal)));
     }
     let mut add = |process: &Process, place: String, error: PluginError| {
         if let Some((what, remedy)) = refusal(context, error) {

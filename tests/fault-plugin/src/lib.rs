@@ -3,7 +3,7 @@
 //!
 //! It claims mount contexts (fsopen(2)) without settings, so that a tree that holds one needs it.
 
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use stasis_plugin_api::{
     Described, Descriptor, Dumped, Event, HandleInfo, HookError, Host, Lifecycle, ObjectInfo, Result,
@@ -13,7 +13,13 @@ use stasis_plugin_api::{
 mod records {
     include!(concat!(env!("OUT_DIR"), "/records.rs"));
 }
-use records::stasis::fault::v1::Quiet;
+mod unreadable;
+use unreadable::Quiet;
+
+/// Whether the environment asks for just this.
+fn wished(wish: &str) -> bool {
+    std::env::var("STASIS_FAULT").is_ok_and(|wished| wished == wish)
+}
 
 /// Does what the environment asks for in this hook.
 fn misbehave(host: &Host<'_>, hook: &str) -> Result<()> {
@@ -63,7 +69,7 @@ impl Descriptor for Watched {
 
     fn dump(&self, host: &Host<'_>, _: &ObjectInfo) -> Result<Dumped<Quiet>> {
         misbehave(host, "dump")?;
-        Ok(Dumped::new(Quiet { flags: 0 }))
+        Ok(Dumped::new(Quiet { unreadable: wished("dump:unreadable"), ..Quiet::default() }))
     }
 
     fn commit(&self, host: &Host<'_>, _: &ObjectInfo) -> Result<()> {
@@ -72,6 +78,17 @@ impl Descriptor for Watched {
 
     fn create(&self, host: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<Vec<OwnedFd>> {
         misbehave(host, "create")?;
+        if wished("create:closed") {
+            // A number that is not open; nothing else opens one meanwhile.
+            let (reader, _) = std::io::pipe()?;
+            let number = reader.as_raw_fd();
+            drop(reader);
+            // SAFETY: none: this is the fault that is asked for. It is given away at once.
+            return Ok(vec![unsafe { OwnedFd::from_raw_fd(number) }]);
+        }
+        if wished("create:none") {
+            return Ok(Vec::new());
+        }
         // SAFETY: a name that ends with NUL.
         let fd = unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), 0) };
         if fd < 0 {

@@ -194,6 +194,8 @@ workloads! {
     stress: "a random mixture in fifty tasks", apart;
     refused: "descriptors that nobody can keep", apart;
     unclaimed: "descriptors that only the tests' plugin claims", apart;
+    external_counter: "an event counter that two plugins claim", apart;
+    external_redis: "connections to a redis server outside, for a plugin from outside", apart;
     external_file: "a file below /run that only the plugin of `stasis plugins new` brings along", apart;
 }
 

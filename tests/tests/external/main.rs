@@ -1,6 +1,8 @@
 //! Plugins by others: built outside the workspace against the plugin API alone, and loaded from `--plugin-dir`. And dumps with
 //! some of the plugins only.
 
+mod redis;
+mod rival;
 mod selective;
 mod template;
 
@@ -10,6 +12,8 @@ use stasis_tests::suite;
 
 fn main() -> ExitCode {
     let mut tests = template::tests();
+    tests.extend(redis::tests());
+    tests.extend(rival::tests());
     tests.extend(selective::tests());
     suite::main(tests)
 }

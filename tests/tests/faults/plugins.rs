@@ -32,6 +32,9 @@ pub fn tests() -> Vec<Test> {
         Test::new("plugin::claims_twice", claims_twice),
         Test::new("plugin::says", says),
         Test::new("plugin::writable_by_others", writable_by_others),
+        Test::new("plugin::unreadable_record", unreadable_record),
+        Test::new("plugin::closed_descriptor", |test| bad_create(test, "closed", "which is not open")),
+        Test::new("plugin::no_descriptor", |test| bad_create(test, "none", "0 descriptors were made for 1")),
     ];
     for (action, words) in ACTIONS {
         tests.push(Test::new(format!("plugin::{action}_in_dump"), move |test| in_dump(test, action, words)));
@@ -196,6 +199,29 @@ fn writable_by_others(test: &str) -> Result<(), Failure> {
     let more = ["-R", "--allow-unsafe-plugins", "--plugin-dir", &*plugins.to_string_lossy()];
     succeeded(case.stage.tool(&mut case.tool.dump(case.stage.root, &images, &more))?)?;
     case.unharmed()?;
+    case.finish()
+}
+
+/// A record that cannot be read back fails the dump that writes it.
+fn unreadable_record(test: &str) -> Result<(), Failure> {
+    let case = Case::start(test, "unclaimed")?;
+    let plugins = plugins_with_fault(&case.stage.dir)?;
+    let done = with_plugin(&case, "dump", &plugins, "dump:unreadable")?;
+    refused(&done, &["plugin fault", "no valid stasis.fault.v1.Quiet", "cannot be dumped"])?;
+    case.unharmed()?;
+    case.finish()
+}
+
+/// What `create` gives is not what was asked for.
+fn bad_create(test: &str, wish: &str, words: &str) -> Result<(), Failure> {
+    let case = Case::start(test, "unclaimed")?;
+    let plugins = plugins_with_fault(&case.stage.dir)?;
+    succeeded(with_plugin(&case, "dump", &plugins, "")?)?;
+    case.stage.assert_gone(&case.before.pids)?;
+    let done = with_plugin(&case, "restore", &plugins, &format!("create:{wish}"))?;
+    refused(&done, &["plugin fault, create", words])?;
+    case.nothing_left()?;
+    succeeded(with_plugin(&case, "restore", &plugins, "")?)?;
     case.finish()
 }
 
