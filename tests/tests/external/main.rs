@@ -1,6 +1,7 @@
 //! Plugins by others: built outside the workspace against the plugin API alone, and loaded from `--plugin-dir`. And dumps with
 //! some of the plugins only.
 
+mod frames;
 mod redis;
 mod rival;
 mod selective;
@@ -12,6 +13,7 @@ use stasis_tests::suite;
 
 fn main() -> ExitCode {
     let mut tests = template::tests();
+    tests.extend(frames::tests());
     tests.extend(redis::tests());
     tests.extend(rival::tests());
     tests.extend(selective::tests());
