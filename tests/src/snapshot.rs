@@ -394,6 +394,11 @@ fn header(line: &str) -> Option<Mapping> {
     let perms = words.next()?.to_owned();
     let offset = u64::from_str_radix(words.next()?, 16).ok()?;
     let file = words.skip(2).collect::<Vec<_>>().join(" ");
+    // An object without a path shows as its kind and a new inode number.
+    let file = match file.split_once(":[") {
+        Some((kind, _)) if !file.starts_with(['/', '[']) => kind.to_owned(),
+        _ => file,
+    };
     Some(Mapping { start, end, perms, offset, file, flags: String::new() })
 }
 

@@ -14,7 +14,7 @@ use crate::{
     plugins::{HookWatch, PluginError},
     proc::{ProcDir, status::Stat},
     ptrace::who,
-    tree::{Found, Sharing, Process, Tree, sharing},
+    tree::{Found, Process, Sharing, Tree, sharing},
 };
 use stasis_plugin_api::{ErrorKind, NamespaceInfo};
 use std::collections::{HashMap, HashSet};

@@ -8,7 +8,7 @@ mod dump;
 mod kernel;
 mod restore;
 
-use stasis_plugin_api::{Dumped, Host, Mapping, Result, Selector, VmaInfo, export_plugin, register};
+use stasis_plugin_api::{Host, Mapping, Result, Selector, VmaInfo, export_plugin, register};
 
 mod record {
     include!(concat!(env!("OUT_DIR"), "/records.rs"));
@@ -25,8 +25,8 @@ impl Mapping for Aio {
         vec![Selector::Mapping("/[aio]".into())]
     }
 
-    fn dump(&self, host: &Host<'_>, vma: &VmaInfo) -> Result<Dumped<Ring>> {
-        dump::ring(host, vma).map(Dumped::new)
+    fn dump(&self, host: &Host<'_>, vma: &VmaInfo) -> Result<Ring> {
+        dump::ring(host, vma)
     }
 
     fn map(&self, _: &Host<'_>, vma: &VmaInfo, record: &Ring) -> Result<()> {
