@@ -31,7 +31,7 @@ pub struct DumpArgs {
     /// stopped or written
     #[arg(long)]
     dry_run: bool,
-    /// What becomes of what no plugin takes: a descriptor of this kind (as /proc shows it: socket, eventfd, chardev ...; or all), or a
+    /// What becomes of what no plugin takes: a descriptor of this kind (as its link in /proc/PID/fd shows: socket, pipe, chardev ...; or all), or a
     /// mapping (skip only); may be repeated
     #[arg(long, value_name = "KIND=fail|skip|null|close")]
     on_unclaimed: Vec<OnUnclaimed>,
