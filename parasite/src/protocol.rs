@@ -139,6 +139,8 @@ pub struct ThreadQuery {
     pub memory_policy: i64,
     /// The nodes of the policy.
     pub memory_nodes: [u64; 16],
+    /// KEYCTL_GET_KEYRING_ID of the thread's and the process' keyring, or a negative errno.
+    pub keyrings: [i64; 2],
 }
 
 /// How many POSIX timers one call reads.

@@ -107,6 +107,16 @@ pub fn thread(query: &mut ThreadQuery) -> i64 {
     let nodes = &raw mut query.memory_nodes as u64;
     // SAFETY: the kernel writes one int and at most 1024 bits.
     let policy = unsafe { syscall(sys::GET_MEMPOLICY, [&raw mut mode as u64, nodes, 1024, 0, 0, 0]) };
+    const KEYCTL_GET_KEYRING_ID: u64 = 0;
+    // KEY_SPEC_THREAD_KEYRING and KEY_SPEC_PROCESS_KEYRING. Not that of the session: asking for it makes one.
+    let mut ring = 0;
+    while ring < 2 {
+        let special = -1 - ring as i64;
+        // SAFETY: takes numbers only, and makes no keyring.
+        query.keyrings[ring] =
+            unsafe { syscall(sys::KEYCTL, [KEYCTL_GET_KEYRING_ID, special as u64, 0, 0, 0, 0]) };
+        ring += 1;
+    }
     query.memory_policy = if policy == 0 { i64::from(mode) } else { policy };
     result
 }

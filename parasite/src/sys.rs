@@ -19,6 +19,7 @@ pub const ARCH_PRCTL: u64 = 158;
 pub const TIMER_GETTIME: u64 = 224;
 pub const TIMER_GETOVERRUN: u64 = 225;
 pub const GET_MEMPOLICY: u64 = 239;
+pub const KEYCTL: u64 = 250;
 pub const PWRITEV: u64 = 296;
 pub const MEMBARRIER: u64 = 324;
 pub const CLOSE_RANGE: u64 = 436;

@@ -12,7 +12,7 @@ use stasis_tests::net;
 use stasis_tests::scenario::{Doing, Failure, Stage};
 use stasis_tests::suite::{self, Test};
 use stasis_tests::tool::{self, Done, Tool};
-use stasis_tests::workloads::{tcp_ended, tcp_server};
+use stasis_tests::workloads::{tcp_ended, tcp_many, tcp_server};
 
 const PATIENCE: Duration = Duration::from_secs(40);
 const KEEP: &str = "--tcp-established";
@@ -345,6 +345,42 @@ fn signed(test: &str) -> Result<(), Failure> {
     case.finish()
 }
 
+/// 10,000 connections of one process.
+fn many(test: &str) -> Result<(), Failure> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).doing("looking at the limit of descriptors")?;
+    if hard < tcp_many::COUNT as u64 + 500 {
+        return Err(Failure::Skipped(format!("no more than {hard} descriptors are allowed")));
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).doing("raising the limit of descriptors")?;
+    let listening = Stage::fresh_dir(test)?.join("listening");
+    let connecting = thread::spawn(move || -> Result<Vec<TcpStream>, Failure> {
+        while !listening.exists() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let connect = |_| TcpStream::connect(("127.0.0.1", tcp_many::PORT)).doing("connecting");
+        (0..tcp_many::COUNT).map(connect).collect()
+    });
+    let case = Case::start(test, "tcp_many", Flavour::Host)?;
+    let mut clients = connecting.join().map_err(|_| wrong("a thread panicked"))??;
+    let pids = case.stage.pids();
+    let dumped = case.dump("img", &[KEEP])?.ok()?;
+    case.stage.assert_gone(&pids)?;
+    let restored = case.restore(&[])?.ok()?;
+    no_rules()?;
+    println!("{} connections: dump {:?}, restore {:?}", tcp_many::COUNT, dumped.took, restored.took);
+    for client in &mut clients {
+        client.write_all(b"ping").doing("sending")?;
+    }
+    case.stage.check("10,000 connections")?;
+    for client in &mut clients {
+        let mut buffer = [0; 4];
+        client.set_read_timeout(Some(PATIENCE)).doing("setting a timeout")?;
+        client.read_exact(&mut buffer).doing("reading the echo")?;
+    }
+    fs::remove_dir_all(&case.stage.dir).doing("removing the directory")
+}
+
 fn main() -> ExitCode {
     suite::main(vec![
         Test::new("tcp::close", close),
@@ -357,5 +393,6 @@ fn main() -> ExitCode {
         Test::new("tcp::user_namespace", user_namespace),
         Test::new("tcp::address_gone", address_gone),
         Test::new("tcp::signed_segments", signed),
+        Test { heavy: true, ..Test::new("tcp::many", many) },
     ])
 }

@@ -1,10 +1,10 @@
 //! Network services whose clients are outside the tree, and notice nothing: `SERVICE::WHAT`.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -251,11 +251,128 @@ fn refused(test: &str) -> Result<(), Failure> {
     finish(&stage)
 }
 
+/// A measurement in the middle: the client gets to its end without an error.
+fn iperf(test: &str) -> Result<(), Failure> {
+    let program = find("iperf3")?;
+    let dir = Stage::fresh_dir(test)?;
+    let (name, port) = (program.to_string_lossy().into_owned(), PORT.to_string());
+    let mut stage = start(&dir, &[&name, "-s", "-p", &port])?;
+    for direction in [&[][..], &["-R"][..]] {
+        let mut client = Command::new(&program);
+        client
+            .args(["-c", "127.0.0.1", "-p", &port, "-t", "3", "-b", "500M", "-P", "2", "-J"])
+            .args(direction);
+        let client = thread::spawn(move || client.output());
+        thread::sleep(Duration::from_millis(700));
+        through(&mut stage)?;
+        fs::remove_dir_all(dir.join("img")).doing("removing an image")?;
+        fs::remove_dir_all(dir.join("running")).doing("removing an image")?;
+        let output = client.join().map_err(|_| broken("a client panicked"))?.doing("running iperf3")?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() || said.contains("\"error\"") || !said.contains("\"sum_received\"") {
+            return Err(broken(format!("iperf3 {direction:?}: {}, {said}", output.status)));
+        }
+    }
+    finish(&stage)
+}
+
+/// Sessions of ssh, with a terminal and without: what is typed before and after is answered by the same shell.
+fn ssh(test: &str) -> Result<(), Failure> {
+    let (server, client, keygen) = (find("sshd")?, find("ssh")?, find("ssh-keygen")?);
+    let dir = Stage::fresh_dir(test)?;
+    let work = dir.join("work");
+    for key in ["host", "user"] {
+        let made = Command::new(&keygen)
+            .args(["-q", "-t", "ed25519", "-N", "", "-f"])
+            .arg(work.join(key))
+            .status()
+            .doing("making a key")?;
+        if !made.success() {
+            return Err(Failure::Skipped(format!("ssh-keygen: {made}")));
+        }
+    }
+    fs::create_dir_all("/run/sshd").doing("making the directory of sshd")?;
+    let place = work.display().to_string();
+    let conf = format!(
+        "Port {PORT}\nListenAddress 127.0.0.1\nHostKey {place}/host\nAuthorizedKeysFile {place}/user.pub\n\
+         StrictModes no\nUsePAM no\nPermitRootLogin yes\nPrintMotd no\nPrintLastLog no\nPidFile none\n"
+    );
+    fs::write(work.join("conf"), conf).doing("writing a configuration")?;
+    let (server, conf) = (server.to_string_lossy().into_owned(), format!("{place}/conf"));
+    let mut stage = start(&dir, &[&server, "-D", "-f", &conf])?;
+    let mut sessions = Vec::new();
+    for terminal in ["-T", "-tt"] {
+        let session = Command::new(&client)
+            .args([terminal, "-p", &PORT.to_string(), "-i"])
+            .arg(work.join("user"))
+            .args([
+                "-o",
+                "StrictHostKeyChecking=no",
+                "-o",
+                "UserKnownHostsFile=/dev/null",
+                "-o",
+                "LogLevel=ERROR",
+            ])
+            .args([
+                "root@127.0.0.1",
+                "n=0; stty -echo 2>/dev/null; echo ready; while read word; do n=$((n+1)); echo $word $n; done",
+            ])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .doing("starting ssh")?;
+        sessions.push(session);
+    }
+    let mut readers = Vec::new();
+    for session in &mut sessions {
+        let stdout = session.stdout.take().ok_or_else(|| broken("a session without output"))?;
+        readers.push(BufReader::new(stdout));
+    }
+    for reader in &mut readers {
+        let mut line = String::new();
+        reader.read_line(&mut line).doing("reading from a session")?;
+        if line.trim() != "ready" {
+            return Err(broken(format!("a session began with {line:?}")));
+        }
+    }
+    let mut say = |word: &str, number: u32| -> Result<(), Failure> {
+        for (session, reader) in sessions.iter_mut().zip(&mut readers) {
+            let stdin = session.stdin.as_mut().ok_or_else(|| broken("a session without input"))?;
+            stdin.write_all(format!("{word}\n").as_bytes()).doing("typing")?;
+            let mut line = String::new();
+            reader.read_line(&mut line).doing("reading from a session")?;
+            if line.trim() != format!("{word} {number}") {
+                return Err(broken(format!("a session answered {line:?} to {word}")));
+            }
+        }
+        Ok(())
+    };
+    say("before", 1)?;
+    through(&mut stage)?;
+    say("after", 2)?;
+    say("later", 3)?;
+    for mut session in sessions {
+        // ^D: a terminal does not end with the input of its client.
+        let stdin = session.stdin.take();
+        stdin
+            .ok_or_else(|| broken("a session without input"))?
+            .write_all(b"\x04")
+            .doing("ending a session")?;
+        let status = session.wait().doing("waiting for ssh")?;
+        if !status.success() {
+            return Err(broken(format!("a session ended with {status}")));
+        }
+    }
+    finish(&stage)
+}
+
 fn main() -> ExitCode {
     suite::main(vec![
         Test::new("redis::pipelining", redis),
         Test::new("nginx::download", nginx),
         Test::new("asyncio::idle", asyncio),
         Test::new("asyncio::refused_and_killed", refused),
+        Test::new("iperf3::both_directions", iperf),
+        Test::new("sshd::sessions", ssh),
     ])
 }

@@ -191,5 +191,6 @@ fn detail(tid: i32, query: &ThreadQuery) -> ThreadDetails {
         speculation: query.speculation,
         memory_policy: query.memory_policy,
         memory_nodes: query.memory_nodes,
+        keyrings: query.keyrings,
     }
 }

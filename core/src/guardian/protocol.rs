@@ -230,6 +230,8 @@ pub struct ThreadDetails {
     pub memory_policy: i64,
     /// Its nodes.
     pub memory_nodes: [u64; 16],
+    /// Serial numbers of the thread's and the process' keyring (keyctl(2)).
+    pub keyrings: [i64; 2],
 }
 
 /// Pages of a task to write to a file.

@@ -38,6 +38,7 @@ pub fn describe_all(
         let found = context.threads.iter().find(|thread| thread.tid == tid);
         // The guardian stopped exactly these threads.
         let found = found.ok_or(TaskError::Call { call: "PTRACE_GETREGS", tid, errno: Errno::ESRCH })?;
+        refuse_keyrings(process, found)?;
         let own = credentials(process, found, &maps)?;
         let mut thread = describe(process, found, inner)?;
         match &first {
@@ -49,6 +50,18 @@ pub fn describe_all(
     }
     let gone = TaskError::Call { call: "PTRACE_GETREGS", tid: process.host_pid, errno: Errno::ESRCH };
     Ok((first.ok_or(gone)?, threads))
+}
+
+/// Keys of a thread or a process (thread-keyring(7), process-keyring(7)) are nobody else's, and go with it.
+fn refuse_keyrings(process: &Process, context: &ThreadContext) -> Result<(), TaskError> {
+    let Some(details) = &context.details else { return Ok(()) };
+    for (keyring, of) in details.keyrings.into_iter().zip(["thread", "process"]) {
+        if keyring > 0 {
+            let (pid, name) = (context.tid, process.name.clone());
+            return Err(TaskError::Unsupported { pid, name, what: format!("has a {of} keyring (keyctl)") });
+        }
+    }
+    Ok(())
 }
 
 fn describe(process: &Process, context: &ThreadContext, tid: i32) -> Result<Thread, TaskError> {

@@ -118,16 +118,19 @@ impl State {
 
     /// The tree is about to be killed: a table that stays. Another namespace goes with the tree.
     fn keep(&mut self, host: &Host<'_>) -> Result<()> {
+        // Asked for each connection, done once.
+        if self.kept || self.connections.is_empty() {
+            return Ok(());
+        }
+        self.kept = true;
         let paths = self.paths(own_namespace().map_err(failed)?);
-        if self.kept || paths.is_empty() {
+        if paths.is_empty() {
             return Ok(());
         }
         let netlink = nft::open().map_err(failed)?;
         let table = kept(&self.table);
         host.undo(netlink.as_fd(), &[UndoStep::Write(nft::unlock(&table).as_slice().into())])?;
-        nft::send(&netlink, &nft::lock(&table, &paths, false)).map_err(failed)?;
-        self.kept = true;
-        Ok(())
+        nft::send(&netlink, &nft::lock(&table, &paths, false)).map_err(failed)
     }
 }
 

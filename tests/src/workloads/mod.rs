@@ -168,6 +168,7 @@ workloads! {
     aio: "rings of asynchronous I/O with finished requests";
     netlink: "netlink sockets with ports, groups and options";
     raw_sockets: "raw sockets and echo requests";
+    packet_sockets: "packet sockets with memberships, options and interfaces";
     udp_sockets: "UDP sockets with queues, senders, options, peers and memberships";
     unix_server: "a server with listeners of every kind and three clients";
     unix_datagrams: "datagrams with their senders, connected sockets, peers that are gone";
@@ -192,6 +193,10 @@ workloads! {
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
     mixture: "many behaviours in one tree";
     stress: "a random mixture in fifty tasks", apart;
+    limits_other_user: "resource limits of a process of another user";
+    tcp_many: "10,000 connections from clients outside", guest;
+    refused_keyring: "a process with a keyring of its own", apart;
+    refused_dispatch: "a thread with syscall user dispatch", apart;
     refused: "descriptors that nobody can keep", apart;
     unclaimed: "descriptors that only the tests' plugin claims", apart;
     external_counter: "an event counter that two plugins claim", apart;

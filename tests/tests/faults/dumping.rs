@@ -32,6 +32,11 @@ pub fn tests() -> Vec<Test> {
         Test::new("dump::disk_full", disk_full),
         Test::new("dump::unclaimed_descriptors", unclaimed),
         Test::new("dump::what_nobody_can_keep", what_nobody_can_keep),
+        Test::new("dump::keyring", |test| one_word(test, "refused_keyring", "process keyring")),
+        Test::new("dump::user_dispatch", |test| {
+            one_word(test, "refused_dispatch", "PR_SET_SYSCALL_USER_DISPATCH")
+        }),
+        Test::new("dump::program_of_32_bits", program_of_32_bits),
         Test::new("dump::vfork_that_ends", |test| vfork(test, Duration::from_millis(300))),
         Test::new("dump::vfork_that_does_not", |test| vfork(test, Duration::from_secs(60))),
     ];
@@ -202,6 +207,65 @@ fn what_nobody_can_keep(test: &str) -> Result<(), Failure> {
     refused(&case.dump("img", &[])?, &words)?;
     case.unharmed()?;
     case.finish()
+}
+
+/// A workload whose state cannot be kept, and the word for it.
+fn one_word(test: &str, workload: &str, word: &str) -> Result<(), Failure> {
+    let case = Case::start(test, workload)?;
+    refused(&case.dump("img", &[])?, &[word, "stasis-workload"])?;
+    case.unharmed()?;
+    case.finish()
+}
+
+/// An ELF file for i386 that waits in pause(2), again and again.
+const WAITS_IN_32_BITS: [u8; 96] = {
+    // mov eax, 29; int 0x80; jmp back
+    let code = [0xb8, 29, 0, 0, 0, 0xcd, 0x80, 0xeb, 0xf7];
+    let head = [
+        0x7f, b'E', b'L', b'F', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, // ident
+        2, 0, 3, 0, 1, 0, 0, 0, // ET_EXEC, EM_386
+        0x54, 0x80, 0x04, 0x08, 52, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // entry, program headers
+        52, 0, 32, 0, 1, 0, 40, 0, 0, 0, 0, 0, // sizes
+        1, 0, 0, 0, 0, 0, 0, 0, 0x00, 0x80, 0x04, 0x08, 0x00, 0x80, 0x04, 0x08, // PT_LOAD
+        96, 0, 0, 0, 96, 0, 0, 0, 5, 0, 0, 0, 0, 0x10, 0, 0,
+    ];
+    let mut file = [0; 96];
+    let mut at = 0;
+    while at < head.len() {
+        file[at] = head[at];
+        at += 1;
+    }
+    let mut at = 0;
+    while at < code.len() {
+        file[head.len() + at] = code[at];
+        at += 1;
+    }
+    file
+};
+
+fn program_of_32_bits(test: &str) -> Result<(), Failure> {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = Stage::fresh_dir(test)?;
+    let program = dir.join("work/waits");
+    fs::write(&program, WAITS_IN_32_BITS).doing("writing a program")?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).doing("writing a program")?;
+    match Command::new(&program).spawn() {
+        Err(error) => return Err(Failure::Skipped(format!("32-bit programs do not run here: {error}"))),
+        Ok(mut child) => {
+            child.kill().doing("ending the program")?;
+            child.wait().doing("ending the program")?;
+        }
+    }
+    let script = format!(": > {}/ready; exec {}", dir.display(), program.display());
+    let stage =
+        Stage::start_command(&dir, Flavour::Host, &["/bin/sh", "-c", &script], Duration::from_secs(20))?;
+    let exe = format!("/proc/{}/exe", stage.root);
+    stasis_tests::ctl::poll_until("the program runs", || fs::read_link(&exe).is_ok_and(|exe| exe == program))
+        .map_err(|fail| Failure::Changed("the setup", fail.to_string()))?;
+    let case = Case::of(stage)?;
+    refused(&case.dump("img", &[])?, &["32-bit", "waits"])?;
+    case.unharmed()?;
+    case.end()
 }
 
 /// A parent in vfork(2) cannot stop until its child is done with its memory.
