@@ -13,12 +13,12 @@ pub fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
-/// Runs `cargo ARGS` in a crate outside the workspace; gives the directory with what was built. Without the network, if
-/// that can be: all crates are there since the workspace was built. Dependencies are shared with the workspace.
-pub fn cargo(manifest_dir: &Path, args: &[&str]) -> Result<PathBuf, Failure> {
+/// Runs `cargo ARGS` in a crate outside the workspace; gives the directory with what was built, which is called `products`.
+/// Without the network, if that can be: all crates are there since the workspace was built. Dependencies are shared with it.
+pub fn cargo(products: &str, manifest_dir: &Path, args: &[&str]) -> Result<PathBuf, Failure> {
     let target = target_dir().doing("finding the target directory")?;
     let all = target.parent().unwrap_or(&target);
-    let products = all.join("external");
+    let products = all.join("external").join(products);
     let run = |offline: &[&str]| {
         let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         command.args(args).args(offline).arg("--target-dir").arg(&products).current_dir(manifest_dir);

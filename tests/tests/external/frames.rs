@@ -26,7 +26,8 @@ fn start(test: &str) -> Result<(Stage, Tool), Failure> {
 fn tunnel_and_ring(test: &str) -> Result<(), Failure> {
     let (mut stage, tool) = start(test)?;
     let library = "libstasis_plugin_frames.so";
-    let built = cargo(&workspace().join("tests/external-plugin"), &["build", "--quiet"])?.join(library);
+    let built =
+        cargo("plugins", &workspace().join("tests/external-plugin"), &["build", "--quiet"])?.join(library);
     let plugins = plugin_dir(&stage.dir, &[(&built, library)])?;
     let flags = ["--plugin-dir", &*plugins.to_string_lossy(), "--prefer", "frames"];
     let before = stage.look_when_still()?;

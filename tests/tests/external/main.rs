@@ -6,6 +6,7 @@ mod redis;
 mod rival;
 mod selective;
 mod template;
+mod versions;
 
 use std::process::ExitCode;
 
@@ -17,5 +18,6 @@ fn main() -> ExitCode {
     tests.extend(redis::tests());
     tests.extend(rival::tests());
     tests.extend(selective::tests());
+    tests.extend(versions::tests());
     suite::main(tests)
 }

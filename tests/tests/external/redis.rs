@@ -77,7 +77,8 @@ impl Drop for Server {
 /// The directory with all plugins and this one, and the flags of a dump with it.
 fn flags(dir: &Path, server: &Server) -> Result<Vec<String>, Failure> {
     let library = "libstasis_plugin_redis_link.so";
-    let built = cargo(&workspace().join("tests/external-plugin"), &["build", "--quiet"])?.join(library);
+    let built =
+        cargo("plugins", &workspace().join("tests/external-plugin"), &["build", "--quiet"])?.join(library);
     let plugins = plugin_dir(dir, &[(&built, library)])?;
     let socket = format!("--redis-socket={}", server.socket.display());
     Ok(vec![

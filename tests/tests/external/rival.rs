@@ -23,7 +23,7 @@ fn expect(holds: bool, why: impl Into<String>) -> Result<(), Failure> {
 /// A library of the external workspace.
 fn built(name: &str) -> Result<(PathBuf, String), Failure> {
     let library = format!("libstasis_plugin_{name}.so");
-    let products = cargo(&workspace().join("tests/external-plugin"), &["build", "--quiet"])?;
+    let products = cargo("plugins", &workspace().join("tests/external-plugin"), &["build", "--quiet"])?;
     Ok((products.join(&library), library))
 }
 

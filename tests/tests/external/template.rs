@@ -36,8 +36,8 @@ fn new_plugin(test: &str) -> Result<(), Failure> {
     }
     let source = dir.join("mine");
     fs::copy(workspace().join("Cargo.lock"), source.join("Cargo.lock")).doing("copying the lock file")?;
-    cargo(&source, &["test", "--quiet"])?;
-    let library = cargo(&source, &["build", "--quiet"])?.join("libstasis_plugin_mine.so");
+    cargo("template", &source, &["test", "--quiet"])?;
+    let library = cargo("template", &source, &["build", "--quiet"])?.join("libstasis_plugin_mine.so");
     let plugins = plugin_dir(&dir, &[(&library, "libstasis_plugin_mine.so")])?;
     let plugins = plugins.to_string_lossy().into_owned();
     let known = run(&tool, &dir, &["plugins", "--plugin-dir", &plugins])?.said;
