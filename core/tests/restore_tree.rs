@@ -107,7 +107,7 @@ impl Case {
             root_pid: root,
             ..Header::default()
         };
-        header.vdso_digest = stasis::machine::vdso_digest().unwrap();
+        header.vdso_digest = stasis::machine::vdso().unwrap().digest();
         let table = |task: &Task| DescriptorTable { id: task.files, descriptors: Vec::new() };
         let tables = builder.tasks.iter().map(table).collect();
         let directory = tempfile::tempdir().unwrap();

@@ -25,6 +25,11 @@ pub fn restore(arguments: &Arguments) -> Outcome {
         // SAFETY: homes are clear of arenas and of the blob (core plans them so), all else is unmapped.
         unsafe { step(Step::Map, index, nr::MMAP, place)? };
     }
+    for copied in arguments.copies.entries() {
+        let (from, to) = (copied.from as *const u8, copied.to as *mut u8);
+        // SAFETY: core put the bytes into the blob's memory, and has the target mapped above, writable and as long.
+        unsafe { core::ptr::copy_nonoverlapping(from, to, copied.len as usize) };
+    }
     for (index, entry) in arguments.moves.entries().iter().enumerate() {
         let place = [entry.from, entry.len, entry.len, MREMAP_MAYMOVE_FIXED, entry.to];
         // SAFETY: as above.

@@ -71,6 +71,18 @@ pub struct Move {
     pub len: u64,
 }
 
+/// Bytes for a mapping that is made at home.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Copied {
+    /// Address at home.
+    pub to: u64,
+    /// Address of the bytes, in the blob's memory.
+    pub from: u64,
+    /// How many.
+    pub len: u64,
+}
+
 /// One call of mprotect(2) (`value` is `PROT_*`), madvise(2) (`MADV_*`) or mlock2(2) (`MLOCK_*`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -310,6 +322,8 @@ pub struct Arguments {
     pub maps: Table<Map>,
     /// Mappings moved home.
     pub moves: Table<Move>,
+    /// Contents of mappings made at home.
+    pub copies: Table<Copied>,
     /// Ranges to unmap when all is home: gaps in what was mapped or moved as one.
     pub gaps: Table<Span>,
     /// Final protections.

@@ -282,6 +282,7 @@ impl FrozenTree {
         let tasks = context.registry.tasks().map(|kind| (&*kind.plugin, kind.name()));
         let lifecycles = context.registry.lifecycles().map(|kind| (&*kind.plugin, kind.name()));
         let used = objects.chain(mappings).chain(namespaces).chain(tasks).chain(lifecycles);
+        let vdso = machine::vdso()?;
         let uname = nix::sys::utsname::uname().map_err(|errno| DumpError::Kernel { errno })?;
         let nanoseconds = |clock| {
             clock_gettime(clock).map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
@@ -295,7 +296,8 @@ impl FrozenTree {
             xsave_features: machine::xsave_features(),
             root_pid: tree.root().pid,
             shell_job: context.options.shell_job,
-            vdso_digest: machine::vdso_digest()?,
+            vdso_digest: vdso.digest(),
+            vdso: vdso.contents,
             realtime_ns: nanoseconds(ClockId::CLOCK_REALTIME),
             monotonic_ns: nanoseconds(ClockId::CLOCK_MONOTONIC),
             boottime_ns: nanoseconds(ClockId::CLOCK_BOOTTIME),

@@ -3,6 +3,7 @@
 use super::{
     RestoreOptions,
     error::{RestoreError, Result},
+    vdso::Vdso,
     world::{Plans, task_name},
 };
 use crate::{
@@ -47,11 +48,42 @@ fn machine(plans: &Plans) -> Result<()> {
     if missing != 0 {
         return wrong(format!("its CPU features {missing:#x} (bits of XCR0) are missing here"));
     }
-    let vdso =
-        crate::machine::vdso_digest().map_err(|error| RestoreError::Machine { what: error.to_string() })?;
-    if header.vdso_digest != vdso {
-        let release = here.release().display();
-        return wrong(format!("its vdso is that of kernel {}, this is {release}", header.kernel_release));
+    let vdso = crate::machine::vdso().map_err(|error| RestoreError::Machine { what: error.to_string() })?;
+    if header.vdso_digest == vdso.digest() {
+        return Ok(());
+    }
+    let release = here.release().display();
+    let other = format!("its vdso is that of kernel {}, this is {release}", header.kernel_release);
+    if header.vdso.is_empty() || header.vdso_digest != crate::machine::digest(&header.vdso) {
+        return wrong(other);
+    }
+    changed_vdso(plans, &vdso).map_err(|error| match error {
+        RestoreError::Machine { what } => RestoreError::Machine { what: format!("{other}: {what}") },
+        error => error,
+    })
+}
+
+/// Whether all tasks can go on with a vdso that leads to another one.
+fn changed_vdso(plans: &Plans, own: &crate::machine::OwnVdso) -> Result<()> {
+    let wrong = |what: String| RestoreError::Machine { what };
+    let parse = |bytes: &[u8]| Vdso::parse(bytes).map_err(|error| wrong(error.to_string()));
+    let old = &plans.image.header.vdso;
+    parse(old)?.leading_to(&parse(&own.contents)?, 0).map_err(|error| wrong(error.to_string()))?;
+    for task in plans.image.tasks.iter().filter(|task| !task.zombie) {
+        let vmas = plans.image.memory_maps.get(&task.mm).map_or(&[][..], |map| &map.vmas);
+        for vma in vmas.iter().filter(|vma| vma.kind() == VmaKind::Vdso) {
+            if vma.end - vma.start != old.len() as u64 {
+                return Err(wrong(format!("that of task {} has another size", task.pid)));
+            }
+            // struct user_regs_struct: the instruction pointer is the 17th word.
+            let place = |registers: &[u8]| {
+                registers.get(128..136).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
+            };
+            if task.threads.iter().any(|thread| (vma.start..vma.end).contains(&place(&thread.registers))) {
+                let what = "a thread inside a function of another kernel's vdso (dump it again)";
+                return Err(RestoreError::Unsupported { pid: task.pid, name: task_name(task), what });
+            }
+        }
     }
     Ok(())
 }

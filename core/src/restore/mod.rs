@@ -34,6 +34,7 @@ mod shared;
 mod sys;
 pub mod tree_plan;
 mod unlock;
+mod vdso;
 mod world;
 
 pub use blob::RestorerFailure;

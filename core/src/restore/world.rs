@@ -11,6 +11,7 @@ use super::{
     shared::Shared,
     sys,
     tree_plan::{NodeKind, TreePlan, TreeTask},
+    vdso::{Vdso, VdsoError},
 };
 use crate::{
     image::{
@@ -219,7 +220,19 @@ fn memory_plan(plans: &Plans) -> Result<MemoryPlan> {
     let segments: Vec<SharedSegment> = image.segments.values().cloned().collect();
     let pages: Vec<PageMap> = image.page_maps.values().chain(image.segment_pages.values()).cloned().collect();
     let records = Records { maps: &maps, files: &files, segments: &segments, pages: &pages, tree: &tree };
-    Ok(MemoryPlan::new(records, &occupied()?)?)
+    let mut plan = MemoryPlan::new(records, &occupied()?)?;
+    let header = &image.header;
+    let wrong = |what: String| RestoreError::Machine { what };
+    let own = crate::machine::vdso().map_err(|error| wrong(error.to_string()))?;
+    if header.vdso_digest != own.digest() {
+        let leading = |text: u64| {
+            let (old, new) = (Vdso::parse(&header.vdso)?, Vdso::parse(&own.contents)?);
+            old.leading_to(&new, text)
+        };
+        let leading = |text| leading(text).map_err(|error: VdsoError| wrong(error.to_string()));
+        plan.change_vdso(own.data, leading)?;
+    }
+    Ok(plan)
 }
 
 /// The mappings of this process.

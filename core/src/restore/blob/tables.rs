@@ -1,7 +1,7 @@
 //! Turning the records of a task into the tables that the restorer reads.
 
 use super::proto::{
-    Action, Arguments, Credentials, Filter, Interval, Limit, Name, SignalInfo, Table, Thread,
+    Action, Arguments, Copied, Credentials, Filter, Interval, Limit, Name, SignalInfo, Table, Thread,
 };
 use super::{BlobError, RestorerOptions, timers};
 use crate::image::records::{self, SeccompFilter, Task};
@@ -65,6 +65,14 @@ impl Tables {
                 Name { span: *span, name: self.put(&name).address }
             })
             .collect();
+        let copies: Vec<_> = moves
+            .copies
+            .iter()
+            .map(|(span, bytes)| {
+                let bytes = &bytes[..bytes.len().min(span.len as usize)];
+                Copied { to: span.start, from: self.put(bytes).address, len: bytes.len() as u64 }
+            })
+            .collect();
         let mut layout = moves.layout;
         layout.auxv = self.put(&moves.auxv).address;
         layout.auxv_size = moves.auxv.len() as u32;
@@ -114,6 +122,7 @@ impl Tables {
             vdso: moves.vdso,
             maps: self.put(&moves.maps),
             moves: self.put(&moves.moves),
+            copies: self.put(&copies),
             gaps: self.put(&moves.gaps),
             protects: self.put(&moves.protects),
             advices: self.put(&moves.advices),

@@ -1,7 +1,7 @@
 //! What is left to do when everything lies in its arena.
 
 use super::arena::{Arenas, join};
-use super::plan::MapPlan;
+use super::plan::{ChangedVdso, MapPlan};
 use super::region::{Backing, Region, has};
 use super::task::in_arena;
 use crate::image::records::{Vma, VmaAdvice, VmaKind};
@@ -19,6 +19,8 @@ pub struct RestorerMoves {
     pub maps: Vec<Map>,
     /// Arenas and their homes.
     pub moves: Vec<Move>,
+    /// Contents of mappings that are made at home.
+    pub copies: Vec<(Span, Vec<u8>)>,
     /// Gaps in what was mapped or moved as one.
     pub gaps: Vec<Span>,
     /// Protections that differ from those the mappings were made with.
@@ -75,7 +77,7 @@ fn push(settings: &mut Vec<Setting>, vma: &Vma, value: u32, tolerate: bool) {
 }
 
 impl RestorerMoves {
-    pub(super) fn new(plan: &MapPlan, arenas: &Arenas, blob: u64) -> Self {
+    pub(super) fn new(plan: &MapPlan, arenas: &Arenas, blob: u64, changed: Option<&ChangedVdso>) -> Self {
         let mut moves = Self { blob, ..Self::default() };
         for region in &plan.regions {
             moves.region(region, arenas);
@@ -106,6 +108,10 @@ impl RestorerMoves {
         if special(&[VmaKind::Vdso]).is_some() {
             moves.vdso = special(&[VmaKind::Vdso, VmaKind::Vvar]).unwrap_or(0);
         }
+        let vdso = plan.map.vmas.iter().find(|vma| vma.kind() == VmaKind::Vdso);
+        if let (Some(vma), Some(changed)) = (vdso, changed) {
+            moves.change_vdso(vma, changed);
+        }
         let map = &plan.map;
         moves.layout = Layout {
             start_code: map.start_code,
@@ -124,6 +130,17 @@ impl RestorerMoves {
         moves.auxv.clone_from(&map.auxv);
         moves.lock_future = map.lock_future & (libc::MCL_FUTURE | libc::MCL_ONFAULT) as u32;
         moves
+    }
+
+    /// Plain memory where the vdso was, and that of this kernel elsewhere.
+    fn change_vdso(&mut self, vma: &Vma, changed: &ChangedVdso) {
+        let place = span(vma.start..vma.end);
+        let (write, run) = (libc::PROT_READ | libc::PROT_WRITE, libc::PROT_READ | libc::PROT_EXEC);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        self.vdso = changed.address;
+        self.maps.push(Map { span: place, prot: write as u32, flags: flags as u32 });
+        self.copies.push((place, changed.contents.clone()));
+        self.protects.push(Setting { span: place, value: run as u32, tolerate: 0 });
     }
 
     fn region(&mut self, region: &Region, arenas: &Arenas) {

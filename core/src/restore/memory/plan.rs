@@ -81,6 +81,15 @@ pub struct TaskPlan {
     pub discard: Vec<Range<u64>>,
 }
 
+/// The tasks come from a kernel with another vdso.
+#[derive(Debug, Clone)]
+pub struct ChangedVdso {
+    /// Where this kernel maps its own, data pages first.
+    pub address: u64,
+    /// What lies where the old one was.
+    pub contents: Vec<u8>,
+}
+
 /// The plan of all tasks.
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
@@ -91,6 +100,7 @@ pub struct MemoryPlan {
     pub(super) files: BTreeMap<u32, MappedFile>,
     pub(super) arenas: Arenas,
     pub(super) blob: u64,
+    pub(super) vdso: Option<ChangedVdso>,
 }
 
 impl MemoryPlan {
@@ -152,7 +162,23 @@ impl MemoryPlan {
         }
         let blob = arenas.reserve(BLOB_ROOM).ok_or(MemoryError::NoRoom { home: 0, size: BLOB_ROOM })?;
         let (components, tasks) = tasks(records.tree, &maps, &shares, &files)?;
-        Ok(Self { maps, tasks, components, segments, files, arenas, blob })
+        Ok(Self { maps, tasks, components, segments, files, arenas, blob, vdso: None })
+    }
+
+    /// Finds a place for this kernel's vdso, whose text comes `data` bytes behind; `contents` makes what lies where the old one was.
+    pub fn change_vdso<E>(
+        &mut self,
+        data: u64,
+        contents: impl FnOnce(u64) -> Result<Vec<u8>, E>,
+    ) -> Result<(), E>
+    where
+        E: From<MemoryError>,
+    {
+        let address =
+            self.arenas.reserve(VDSO_ROOM).ok_or(MemoryError::NoRoom { home: 0, size: VDSO_ROOM })?;
+        let contents = contents(address + data)?;
+        self.vdso = Some(ChangedVdso { address, contents });
+        Ok(())
     }
 
     /// Address for the restorer's region, with [`BLOB_ROOM`] bytes of room.
@@ -171,6 +197,8 @@ impl MemoryPlan {
     }
 }
 
+/// More than any vdso and its data pages need.
+const VDSO_ROOM: u64 = 1 << 20;
 /// Room for the blob, its tables and the stacks of its threads.
 pub const BLOB_ROOM: u64 = 4 << 30;
 

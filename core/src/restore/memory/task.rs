@@ -131,7 +131,9 @@ impl<'a> TaskMemory<'a> {
     /// What is left for the restorer.
     pub fn finish(self) -> RestorerMoves {
         match self.map_plan() {
-            Some(map) => RestorerMoves::new(map, &self.plan.arenas, self.plan.blob_address()),
+            Some(map) => {
+                RestorerMoves::new(map, &self.plan.arenas, self.plan.blob_address(), self.plan.vdso.as_ref())
+            }
             None => RestorerMoves::default(),
         }
     }
