@@ -107,14 +107,8 @@ fn count(key: usize, stop: &AtomicBool) -> Result<(u64, Duration), Failure> {
 }
 
 fn redis(test: &str) -> Result<(), Failure> {
-    let server = find("redis-server")?;
     let dir = Stage::fresh_dir(test)?;
-    let (server, work) = (server.to_string_lossy().into_owned(), dir.join("work").display().to_string());
-    let port = PORT.to_string();
-    // The background thread of its allocator sleeps until a point in time, which is another test's concern.
-    let options = ["--appendonly", "yes", "--save", "", "--jemalloc-bg-thread", "no"];
-    let argv = [&[server.as_str(), "--port", &port, "--dir", &work], &options[..]].concat();
-    let mut stage = start(&dir, &argv)?;
+    let mut stage = start_redis(&dir)?;
     let stop = Arc::new(AtomicBool::new(false));
     let clients: Vec<_> = (0..50)
         .map(|key| {
@@ -135,6 +129,64 @@ fn redis(test: &str) -> Result<(), Failure> {
     result?;
     println!("{total} requests, longest stall {longest:?}");
     finish(&stage)
+}
+
+/// Clients that count for some time, each on a key of its own from `first` on: requests done in all, and the longest stall.
+fn counting(
+    first: usize,
+    time: Duration,
+    meanwhile: impl FnOnce() -> Result<(), Failure>,
+) -> Result<(u64, Duration), Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (first..first + 10)
+        .map(|key| {
+            let stop = Arc::clone(&stop);
+            thread::spawn(move || count(key, &stop))
+        })
+        .collect();
+    let began = Instant::now();
+    let result = meanwhile();
+    thread::sleep(time.saturating_sub(began.elapsed()));
+    stop.store(true, Ordering::Relaxed);
+    let (mut total, mut longest) = (0, Duration::ZERO);
+    for client in clients {
+        let (done, stall) = joined(client)?;
+        (total, longest) = (total + done, longest.max(stall));
+    }
+    result.map(|()| (total, longest))
+}
+
+/// Snapshots of a busy server, one every second: no client notices but by the clock.
+fn snapshots(test: &str) -> Result<(), Failure> {
+    const ROUNDS: u32 = 5;
+    let dir = Stage::fresh_dir(test)?;
+    let stage = start_redis(&dir)?;
+    let tool = Tool::discover().doing("finding the tool")?;
+    let (calm, calm_stall) = counting(0, Duration::from_secs(2), || Ok(()))?;
+    let (busy, stall) = counting(100, Duration::from_secs(ROUNDS.into()), || {
+        for round in 0..ROUNDS {
+            let began = Instant::now();
+            let name = format!("snapshot{round}");
+            stage.dump(&tool, &name, &["-R", KEEP])?;
+            fs::remove_dir_all(dir.join(&name)).doing("removing a snapshot")?;
+            thread::sleep(Duration::from_secs(1).saturating_sub(began.elapsed()));
+        }
+        no_rules()
+    })?;
+    let kept = busy as f64 / f64::from(ROUNDS) / (calm as f64 / 2.0) * 100.0;
+    println!(
+        "throughput with a snapshot each second: {kept:.0} %; worst stall {stall:?}, without {calm_stall:?}"
+    );
+    finish(&stage)
+}
+
+fn start_redis(dir: &Path) -> Result<Stage, Failure> {
+    let server = find("redis-server")?;
+    let (server, work) = (server.to_string_lossy().into_owned(), dir.join("work").display().to_string());
+    let port = PORT.to_string();
+    // The background thread of its allocator sleeps until a point in time, which is another test's concern.
+    let options = ["--appendonly", "yes", "--save", "", "--jemalloc-bg-thread", "no"];
+    start(dir, &[&[server.as_str(), "--port", &port, "--dir", &work], &options[..]].concat())
 }
 
 fn nginx(test: &str) -> Result<(), Failure> {
@@ -369,6 +421,7 @@ fn ssh(test: &str) -> Result<(), Failure> {
 fn main() -> ExitCode {
     suite::main(vec![
         Test::new("redis::pipelining", redis),
+        Test::new("redis::snapshots", snapshots),
         Test::new("nginx::download", nginx),
         Test::new("asyncio::idle", asyncio),
         Test::new("asyncio::refused_and_killed", refused),
