@@ -344,3 +344,39 @@ fn loading_is_fast() {
     println!("{times:?}");
     assert!(times.iter().sum::<std::time::Duration>().as_millis() < 1_000, "{times:?}");
 }
+
+/// Every plugin that was built, in a directory of links.
+fn all_plugins() -> Option<tempfile::TempDir> {
+    let file = plugin_file()?;
+    let directory = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(file.parent()?).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        if name.starts_with("libstasis_plugin_") && name.ends_with(".so") {
+            std::os::unix::fs::symlink(entry.path(), directory.path().join(name)).unwrap();
+        }
+    }
+    Some(directory)
+}
+
+/// What `stasis inspect` knows of a record is what its plugin tells: the names of its fields.
+#[test]
+fn every_record_of_every_plugin_can_be_shown() {
+    let Some(directory) = all_plugins() else { return };
+    let registry = Registry::load(&choice(directory.path())).unwrap();
+    assert!(registry.plugins().len() > 15);
+    for plugin in registry.plugins() {
+        let pool = prost_reflect::DescriptorPool::decode(plugin.records.as_slice()).unwrap();
+        for (sort, kind) in plugin.kinds() {
+            let name = format!("{}/{}", plugin.name, kind.name);
+            if ["session", "lifecycle"].contains(&sort) {
+                assert_eq!(kind.message, "", "{name}");
+                continue;
+            }
+            let message = pool.get_message_by_name(&kind.message);
+            let message = message.unwrap_or_else(|| panic!("{name}: {} is not described", kind.message));
+            let opaque = |field: prost_reflect::FieldDescriptor| field.kind() == prost_reflect::Kind::Bytes;
+            let fields: Vec<_> = message.fields().collect();
+            assert!(fields.len() != 1 || !fields.into_iter().all(opaque), "{name}: its record is opaque");
+        }
+    }
+}

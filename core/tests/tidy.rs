@@ -95,6 +95,19 @@ fn dependencies_run_one_way() {
 }
 
 #[test]
+fn plugins_of_others_know_the_api_alone() {
+    for (path, _) in sources(&root().join("tests/external-plugin")) {
+        let Some(manifest) = path.ancestors().map(|dir| dir.join("Cargo.toml")).find(|file| file.is_file())
+        else {
+            continue;
+        };
+        for line in fs::read_to_string(&manifest).unwrap().lines().filter(|line| line.starts_with("stasis")) {
+            assert!(line.starts_with("stasis-plugin-api"), "{}: {line}", manifest.display());
+        }
+    }
+}
+
+#[test]
 fn plugin_folders_look_alike() {
     for plugin in fs::read_dir(root().join("plugins")).unwrap() {
         let dir = plugin.unwrap().path();

@@ -14,22 +14,29 @@ pub fn workspace() -> &'static Path {
 }
 
 /// Runs `cargo ARGS` in a crate outside the workspace; gives the directory with what was built, which is called `products`.
-/// Without the network, if that can be: all crates are there since the workspace was built. Dependencies are shared with it.
+/// Without the network: the dependencies are those that the workspace has locked and built, and are shared with it.
 pub fn cargo(products: &str, manifest_dir: &Path, args: &[&str]) -> Result<PathBuf, Failure> {
     let target = target_dir().doing("finding the target directory")?;
     let all = target.parent().unwrap_or(&target);
     let products = all.join("external").join(products);
-    let run = |offline: &[&str]| {
+    let lock = manifest_dir.join("Cargo.lock");
+    let same_versions = || fs::copy(workspace().join("Cargo.lock"), &lock).doing("copying the lock file");
+    let run = || {
         let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        command.args(args).args(offline).arg("--target-dir").arg(&products).current_dir(manifest_dir);
+        command.args(args).arg("--offline").arg("--target-dir").arg(&products).current_dir(manifest_dir);
         command.env("CARGO_BUILD_BUILD_DIR", all);
         // Those of the workspace's own profile, or its dependencies would be built a second time.
         command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1").env("CARGO_PROFILE_DEV_DEBUG", "line-tables-only");
         command.output().doing("starting cargo")
     };
-    let mut output = run(&["--offline"])?;
+    if !lock.exists() {
+        same_versions()?;
+    }
+    let mut output = run()?;
     if !output.status.success() {
-        output = run(&[])?;
+        // The workspace may have moved on to other versions since.
+        same_versions()?;
+        output = run()?;
     }
     match output.status.success() {
         true => Ok(products.join("debug")),

@@ -148,7 +148,9 @@ workloads! {
     epoll_nested: "epoll in epoll";
     epoll_dup: "epoll entries whose number was closed or taken again";
     timerfd: "timerfds of all clocks: armed, expired, interval, unarmed";
+    timerfd_cancel: "timers that are cancelled when the clock is set", heavy;
     signalfd: "signalfds with pending signals";
+    signalfd_adder: "a signalfd that a child has put into its parent's epoll set";
     inotify: "watches on directories, files, links and renamed files, with their numbers; no event of restore's own";
     inotify_events: "events in the queue: all of them, or one that says that some were lost";
     inotify_many: "10,000 watches", heavy;

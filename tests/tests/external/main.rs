@@ -2,6 +2,7 @@
 //! some of the plugins only.
 
 mod frames;
+mod inspect;
 mod redis;
 mod rival;
 mod selective;
@@ -15,6 +16,7 @@ use stasis_tests::suite;
 fn main() -> ExitCode {
     let mut tests = template::tests();
     tests.extend(frames::tests());
+    tests.extend(inspect::tests());
     tests.extend(redis::tests());
     tests.extend(rival::tests());
     tests.extend(selective::tests());

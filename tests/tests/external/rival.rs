@@ -13,7 +13,11 @@ use stasis_tests::tool::Tool;
 
 /// All tests of this file.
 pub fn tests() -> Vec<Test> {
-    vec![Test::new("rival::prefer", prefer), Test::new("rival::exports_nothing", exports_nothing)]
+    vec![
+        Test::new("rival::prefer", prefer),
+        Test::new("rival::exports_nothing", exports_nothing),
+        Test::new("rival::own_tests", own_tests),
+    ]
 }
 
 fn expect(holds: bool, why: impl Into<String>) -> Result<(), Failure> {
@@ -66,6 +70,11 @@ fn prefer(test: &str) -> Result<(), Failure> {
     stage.check("dump and restore")?;
     stage.kill_tree()?;
     fs::remove_dir_all(&stage.dir).doing("removing the directory")
+}
+
+/// The unit tests of all plugins there.
+fn own_tests(_: &str) -> Result<(), Failure> {
+    cargo("plugins", &workspace().join("tests/external-plugin"), &["test", "--quiet"]).map(drop)
 }
 
 fn exports_nothing(test: &str) -> Result<(), Failure> {
