@@ -189,6 +189,82 @@ fn start_redis(dir: &Path) -> Result<Stage, Failure> {
     start(dir, &[&[server.as_str(), "--port", &port, "--dir", &work], &options[..]].concat())
 }
 
+/// PostgreSQL under pgbench: no transaction fails, and what accounts, tellers and branches have is what the history says.
+fn postgres(test: &str) -> Result<(), Failure> {
+    let place = "/usr/lib/postgresql";
+    let versions = fs::read_dir(place).into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
+    let bin = versions.max().ok_or_else(|| Failure::Skipped("postgresql is not installed".into()))?;
+    let setpriv = find("setpriv")?;
+    let dir = Stage::fresh_dir(test)?;
+    let (data, port) = (dir.join("work/data").display().to_string(), PORT.to_string());
+    let program = |name: &str| bin.join(name).display().to_string();
+    let as_user = [
+        setpriv.display().to_string(),
+        "--reuid=postgres".into(),
+        "--regid=postgres".into(),
+        "--clear-groups".into(),
+    ];
+    let run = |arguments: &[&str]| -> Result<String, Failure> {
+        let output = Command::new(&as_user[0])
+            .args(&as_user[1..])
+            .args(arguments)
+            .output()
+            .doing("running a program")?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        match output.status.success() {
+            true => Ok(said),
+            false => {
+                Err(broken(format!("{arguments:?}: {said} {}", String::from_utf8_lossy(&output.stderr))))
+            }
+        }
+    };
+    let owner = nix::unistd::User::from_name("postgres").doing("looking for a user")?;
+    let owner = owner.ok_or_else(|| Failure::Skipped("there is no user postgres".into()))?;
+    std::os::unix::fs::chown(dir.join("work"), Some(owner.uid.as_raw()), Some(owner.gid.as_raw()))
+        .doing("chown")?;
+    run(&[&program("initdb"), "-D", &data, "-A", "trust", "-N"])?;
+    let server = program("postgres");
+    let options =
+        ["-D", &data, "-p", &port, "-h", "127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"];
+    let argv: Vec<&str> =
+        as_user.iter().map(String::as_str).chain([server.as_str()]).chain(options).collect();
+    let mut stage = start(&dir, &argv)?;
+    let there = ["-h", "127.0.0.1", "-p", &port, "-U", "postgres"];
+    let pgbench = program("pgbench");
+    let with = |more: &[&'static str]| -> Vec<String> {
+        [pgbench.as_str()].into_iter().chain(there).chain(more.iter().copied()).map(str::to_owned).collect()
+    };
+    let words = |line: &[String]| -> Result<String, Failure> {
+        run(&line.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    words(&with(&["-i", "-q", "postgres"]))?;
+    let said = thread::scope(|scope| {
+        let line = with(&["-c", "4", "-T", "4", "-n", "postgres"]);
+        let client = scope.spawn(move || words(&line));
+        thread::sleep(Duration::from_millis(800));
+        through(&mut stage)?;
+        client.join().map_err(|_| broken("a client panicked"))?
+    })?;
+    if !said.contains("number of failed transactions: 0 ") {
+        return Err(broken(format!("pgbench said {said}")));
+    }
+    let sums = "select (select sum(delta) from pgbench_history) = all (array[(select sum(abalance) from pgbench_accounts), \
+                (select sum(tbalance) from pgbench_tellers), (select sum(bbalance) from pgbench_branches)])";
+    let psql = program("psql");
+    let line: Vec<&str> =
+        [psql.as_str()].into_iter().chain(there).chain(["-Atc", sums, "postgres"]).collect();
+    let agreed = run(&line)?;
+    if agreed.trim() != "t" {
+        return Err(broken(format!("the sums do not agree: {agreed}")));
+    }
+    // An orderly end, which takes its System V segment away.
+    let pids = stage.pids();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(stage.root), nix::sys::signal::Signal::SIGINT)
+        .doing("stopping")?;
+    stage.assert_gone(&pids)?;
+    fs::remove_dir_all(&stage.dir).doing("removing the directory")
+}
+
 fn nginx(test: &str) -> Result<(), Failure> {
     let server = find("nginx")?;
     let dir = Stage::fresh_dir(test)?;
@@ -422,6 +498,7 @@ fn main() -> ExitCode {
     suite::main(vec![
         Test::new("redis::pipelining", redis),
         Test::new("redis::snapshots", snapshots),
+        Test::new("postgres::pgbench", postgres),
         Test::new("nginx::download", nginx),
         Test::new("asyncio::idle", asyncio),
         Test::new("asyncio::refused_and_killed", refused),

@@ -74,6 +74,7 @@ workloads! {
     mem_droppable: "memory that the kernel may drop";
     mem_hugetlb: "hugetlb pages, private and shared, with a child";
     mem_locked: "locked memory: at once, on fault, without access, and all that is to come";
+    sysv_shm: "System V shared memory, in parts, removed, and in a child";
     mem_zero_device: "/dev/zero and files mapped without reserve";
     mem_stack: "a deep stack, held while frozen and unwound after";
     mem_growsdown: "a mapping that grows downwards";
