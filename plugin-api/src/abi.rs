@@ -81,7 +81,7 @@ pub type HostRef<'a> = HostAbi_TO<'a, RRef<'a, ()>>;
 #[sabi_trait]
 pub trait DescriptorAbi: Send + Sync {
     fn declaration(&self) -> KindDeclaration;
-    fn claims(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<bool>;
+    fn claims(&self, host: HostRef<'_>, handle: &HandleInfo) -> AbiResult<bool>;
     fn describe(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<Described>;
     fn dump(&self, host: HostRef<'_>, object: &ObjectInfo) -> AbiResult<Dumped<Bytes>>;
     fn commit(&self, host: HostRef<'_>, object: &ObjectInfo) -> AbiResult<()>;

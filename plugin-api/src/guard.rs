@@ -82,10 +82,8 @@ impl<T: Descriptor> DescriptorAbi for Guard<T> {
     fn declaration(&self) -> KindDeclaration {
         declared(|| declare(T::KIND, self.0.selectors(), self.0.after(), T::Record::full_name(), 0))
     }
-    fn claims(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<bool> {
-        // SAFETY: core keeps the descriptor open for the length of this call.
-        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        guard(|| Ok(self.0.claims(&Host::new(host), handle, fd)))
+    fn claims(&self, host: HostRef<'_>, handle: &HandleInfo) -> AbiResult<bool> {
+        guard(|| Ok(self.0.claims(&Host::new(host), handle)))
     }
     fn describe(&self, host: HostRef<'_>, handle: &HandleInfo, fd: i32) -> AbiResult<Described> {
         // SAFETY: core keeps the descriptor open for the length of this call.

@@ -93,7 +93,7 @@
 //! path prefixes (long before short), file types, and last [`Selector::Predicate`], for which the kind itself is asked
 //! ([`Descriptor::claims`]). Two plugins with the very same selector are an error when they are loaded, which names both, unless the user
 //! says `--prefer NAME`; that puts all that the plugin claims before everybody else, its predicates included. So a plugin for *some*
-//! sockets of a kind has a predicate, an option that says which, and users who prefer it.
+//! sockets of a kind has a predicate, an option that says which (see `tests/external-plugin/redis-link`), and users who prefer it.
 //!
 //! A resource that nobody claims stops the dump before anything is touched, as does one whose `describe` says
 //! [`HookError::unsupported`]: core lists them all, with the plugin or flag that would change it. Core itself takes regular files and

@@ -22,8 +22,10 @@ pub trait Descriptor: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// For [`Selector::Predicate`] only: whether this kind takes the handle. Read-only. `fd` is a duplicate in this process.
-    fn claims(&self, _host: &Host<'_>, _handle: &HandleInfo, _fd: BorrowedFd<'_>) -> bool {
+    /// For [`Selector::Predicate`] only: whether this kind takes the handle. Read-only, and asked for most descriptors of a tree: what
+    /// cannot be told by the link needs a duplicate from [`Host::open_handle`]. It is also asked about mapped files that nobody may
+    /// have open, which have no handle number (0).
+    fn claims(&self, _host: &Host<'_>, _handle: &HandleInfo) -> bool {
         false
     }
 

@@ -161,29 +161,27 @@ fn refuse(
 fn facts_of<T>(
     context: &Context<'_>,
     inventory: &Inventory,
-    index: usize,
+    (index, info): (usize, &HandleInfo),
     opened: &OnceCell<Result<OwnedFd, Errno>>,
     f: impl FnOnce(&HandleFacts<'_>) -> T,
 ) -> T {
-    let id = Inventory::handle_id(index);
-    let info = inventory.handle_info(id).unwrap_or_default();
-    let (pid, number) = inventory.handles.all[index].subject();
-    let resource = format!("descriptor {number}, {}", info.link);
-    let open = || opened.get_or_init(|| inventory.open_handle(id)).as_ref();
+    let open = || opened.get_or_init(|| inventory.open_handle(Inventory::handle_id(index))).as_ref();
     let magic = || filesystem_magic(open().ok()?.as_fd());
     let socket = || socket_facts(open().ok()?.as_fd());
     let judge = |kind: &DescriptorKind| {
         let host = context.host(&kind.plugin);
-        let Ok(fd) = open() else { return Ok(false) };
-        context.call(&host, pid, "", &resource).claims(kind, &info, fd.as_fd())
+        let (pid, number) = inventory.handles.all[index].subject();
+        let resource = format!("descriptor {number}, {}", info.link);
+        context.call(&host, pid, "", &resource).claims(kind, info)
     };
-    f(&HandleFacts::new(&info, &magic, &socket, &judge))
+    f(&HandleFacts::new(info, &magic, &socket, &judge))
 }
 
 /// Which plugin would take a handle that nobody takes, or that `refuser` takes but refuses, and what must be done for that.
 fn other_taker(context: &Context<'_>, inventory: &Inventory, index: usize, refuser: Option<&str>) -> String {
     let opened = OnceCell::new();
-    facts_of(context, inventory, index, &opened, |facts| {
+    let info = inventory.handle_info(Inventory::handle_id(index)).unwrap_or_default();
+    facts_of(context, inventory, (index, &info), &opened, |facts| {
         context.registry.remedy(Wanted::Handle(facts), refuser)
     })
 }
@@ -241,7 +239,9 @@ fn descriptor(
     let resource = format!("{place}, {}", info.link);
     let opened = OnceCell::new();
     let open = || opened.get_or_init(|| inventory.open_handle(id));
-    let kind = facts_of(context, &inventory, index, &opened, |facts| context.registry.descriptor_for(facts))?;
+    let kind = facts_of(context, &inventory, (index, &info), &opened, |facts| {
+        context.registry.descriptor_for(facts)
+    })?;
     let Some(kind) = kind else {
         if !is_path_backed(handle) {
             let plugin = other_taker(context, &inventory, index, None);

@@ -15,7 +15,6 @@ use crate::{
 };
 use nix::{fcntl::OFlag, sys::stat::FileStat};
 use stasis_plugin_api::HandleInfo;
-use std::os::fd::AsFd;
 
 /// Takes what descriptor kinds know out of the mappings that core does not know. `memory` is that of the living processes.
 pub(super) fn adopt(
@@ -89,10 +88,8 @@ fn known_as_descriptor(
     };
     let place = claim::place(mapping.start, mapping.end);
     let judge = |kind: &DescriptorKind| {
-        let Ok(opened) = process.proc.open_file(&file, OFlag::O_RDONLY) else { return Ok(false) };
         let host = context.host(&kind.plugin);
-        let call = context.call(&host, process.host_pid, &process.name, &place);
-        call.claims(kind, &info, opened.as_fd())
+        context.call(&host, process.host_pid, &process.name, &place).claims(kind, &info)
     };
     let facts = HandleFacts::new(&info, &no_facts, &no_facts, &judge);
     Ok(context.registry.descriptor_for(&facts)?.map(|_| stat))

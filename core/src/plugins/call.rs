@@ -163,13 +163,8 @@ impl<H: HostAbi> CallContext<'_, H> {
     }
 
     /// See [`stasis_plugin_api::Descriptor::claims`].
-    pub fn claims(
-        &self,
-        kind: &DescriptorKind,
-        handle: &HandleInfo,
-        fd: BorrowedFd<'_>,
-    ) -> Result<bool, PluginError> {
-        self.call(kind, Hook::Claims, |hook, host| hook.claims(host, handle, fd.as_raw_fd()))
+    pub fn claims(&self, kind: &DescriptorKind, handle: &HandleInfo) -> Result<bool, PluginError> {
+        self.call(kind, Hook::Claims, |hook, host| hook.claims(host, handle))
     }
 
     /// See [`stasis_plugin_api::Mapping::claims`].

@@ -13,10 +13,13 @@
 //! kit.restore()?;
 //! assert_eq!(read(kit.fd(fd)), 5);
 //! ```
+//! [`Kit::remap`] does the same with a mapping, [`Kit::dump_task`] and [`Kit::restore_task`] with state of this process.
+//!
 //! Descriptors of kinds that are not under test, such as the targets of an epoll, are given to [`Kit::keep`]: they stay
 //! as they are and only lend their handles.
 
 mod host;
+mod kinds;
 
 use crate::{
     Described, Descriptor, Dumped, HandleInfo, Holder, HookError, ObjectInfo, Result,
@@ -129,8 +132,8 @@ impl Kit {
     }
 
     /// Whether a kind under test takes a handle by its own judgement ([`Descriptor::claims`]).
-    pub fn claims(&self, kind: &str, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<bool> {
-        self.host.call(|host| self.kind(kind)?.claims(host, handle, fd.as_raw_fd()).into_result())
+    pub fn claims(&self, kind: &str, handle: &HandleInfo) -> Result<bool> {
+        self.host.call(|host| self.kind(kind)?.claims(host, handle).into_result())
     }
 
     /// Describes and dumps everything held; returns the number of objects. Nothing is closed: the tree runs on.

@@ -39,7 +39,7 @@ impl Descriptor for MemoryFiles {
         vec![Selector::Predicate]
     }
 
-    fn claims(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> bool {
+    fn claims(&self, _: &Host<'_>, handle: &HandleInfo) -> bool {
         // A removed file of this name may lie in a root directory, but not on the kernel's own mounts.
         handle.link.starts_with(kernel::PREFIX)
             && handle.link.ends_with(kernel::DELETED)

@@ -84,7 +84,7 @@ fn only_memory_files_are_claimed() {
     let kit = kit();
     let claims = |link: &str, dev| {
         let handle = HandleInfo { link: link.into(), dev, ..HandleInfo::default() };
-        kit.claims(MemoryFiles::KIND, &handle, std::io::stdin().as_fd()).unwrap()
+        kit.claims(MemoryFiles::KIND, &handle).unwrap()
     };
     let dev = kernel::devices()[0];
     assert!(claims("/memfd:x (deleted)", dev));

@@ -88,7 +88,7 @@ impl Descriptor for Refused {
         vec![Selector::Predicate]
     }
 
-    fn claims(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> bool {
+    fn claims(&self, _: &Host<'_>, handle: &HandleInfo) -> bool {
         refusal(&handle.link).is_some()
     }
 

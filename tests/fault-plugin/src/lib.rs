@@ -107,6 +107,34 @@ impl Descriptor for Watched {
     }
 }
 
+/// Takes nothing, but is asked about all that no other kind takes by its data.
+struct Judge;
+
+impl Descriptor for Judge {
+    type Record = Quiet;
+    const KIND: &'static str = "fault-judge";
+
+    fn selectors(&self) -> Vec<Selector> {
+        vec![Selector::Predicate]
+    }
+
+    fn claims(&self, host: &Host<'_>, _: &HandleInfo) -> bool {
+        misbehave(host, "claims").is_err()
+    }
+
+    fn describe(&self, _: &Host<'_>, _: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
+        Err(HookError::invalid("a fault on request in claims"))
+    }
+
+    fn dump(&self, _: &Host<'_>, _: &ObjectInfo) -> Result<Dumped<Quiet>> {
+        Err(HookError::invalid("nothing was claimed"))
+    }
+
+    fn create(&self, _: &Host<'_>, _: &ObjectInfo, _: &Quiet) -> Result<Vec<OwnedFd>> {
+        Err(HookError::invalid("nothing was dumped"))
+    }
+}
+
 struct Events;
 
 impl Lifecycle for Events {
@@ -118,5 +146,6 @@ impl Lifecycle for Events {
 }
 
 register!(descriptor: Watched);
+register!(descriptor: Judge);
 register!(lifecycle: Events);
 export_plugin! { name: "fault", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }

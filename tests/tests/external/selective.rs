@@ -23,6 +23,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("selective::dry_run", dry_run),
         Test::new("selective::dry_run_of_every_kind", every_kind),
         Test::new("selective::left_out", left_out),
+        Test::new("selective::needed_by_another", needed_by_another),
         Test::new("selective::external", external),
     ]
 }
@@ -174,6 +175,26 @@ fn left_out(test: &str) -> Result<(), Failure> {
         expect(link == Some("/dev/null".into()), format!("{number} is {link:?}"))?;
     }
     // What an object names cannot be left out.
+    stage.kill_tree()?;
+    fs::remove_dir_all(&stage.dir).doing("removing the directory")
+}
+
+/// What an object of a plugin names cannot be left out.
+fn needed_by_another(test: &str) -> Result<(), Failure> {
+    let (stage, tool) = start(test, "epoll_basic")?;
+    let before = stage.look_when_still()?;
+    for policy in ["pipe=close", "all=null"] {
+        let images = stage.dir.join("img");
+        fs::create_dir_all(&images).doing("making the image directory")?;
+        let flags = ["--without", "pipe", "--on-unclaimed", policy];
+        let done = stage.tool(&mut tool.dump(stage.root, &images, &flags))?;
+        let words = ["needs pipe:[", "which is to be left out"];
+        let named = words.iter().all(|words| done.said.contains(words));
+        expect(!done.status.success() && named, format!("{policy}: {}", done.said))?;
+        stage.compare(&before, "the refusal")?;
+        fs::remove_dir_all(&images).doing("removing the half image")?;
+    }
+    stage.check("the refusals")?;
     stage.kill_tree()?;
     fs::remove_dir_all(&stage.dir).doing("removing the directory")
 }

@@ -14,7 +14,7 @@ const ACTIONS: [(&str, &str); 6] =
     [("error", "on request"), ("panic", "panic"), ("abort", ""), ("segv", ""), ("exit", ""), ("hang", "")];
 
 /// Hooks of a dump that kills the tree, in which a fault must save it.
-const DUMP_HOOKS: [&str; 5] = ["BeforeFreeze", "describe", "Frozen", "dump", "commit"];
+const DUMP_HOOKS: [&str; 6] = ["BeforeFreeze", "claims", "describe", "Frozen", "dump", "commit"];
 /// Hooks of a restore, in which a fault must leave nothing.
 const RESTORE_HOOKS: [&str; 6] = ["BeforeRestore", "create", "link", "settle", "Forked", "Restored"];
 

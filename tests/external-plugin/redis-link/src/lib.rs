@@ -88,9 +88,10 @@ impl Descriptor for Links {
         vec![Selector::Predicate]
     }
 
-    fn claims(&self, host: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> bool {
+    fn claims(&self, host: &Host<'_>, handle: &HandleInfo) -> bool {
         let Some(wanted) = host.option(OPTION) else { return false };
-        handle.mode & libc::S_IFMT == libc::S_IFSOCK && server_path(fd).is_some_and(|path| path == wanted)
+        let is_wanted = |fd: OwnedFd| server_path(fd.as_fd()).is_some_and(|path| path == wanted);
+        handle.mode & libc::S_IFMT == libc::S_IFSOCK && host.open_handle(handle.id).is_ok_and(is_wanted)
     }
 
     fn describe(&self, _: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
