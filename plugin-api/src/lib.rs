@@ -24,6 +24,7 @@ pub mod guide;
 mod hooks;
 mod host;
 mod model;
+pub mod namespace;
 #[doc(hidden)]
 pub mod register;
 pub mod socket;

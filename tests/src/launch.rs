@@ -19,11 +19,14 @@ use crate::sys::{self, cvt_long};
 pub enum Flavour {
     /// In the namespaces of the harness' sandbox.
     Host,
-    /// In fresh pid and mount namespaces, with a proc of its own.
+    /// In fresh pid, mount, IPC and UTS namespaces, with a proc of its own.
     Ns,
     /// As `Ns`, and in a user namespace besides.
     User,
 }
+
+/// The namespaces of [`Flavour::Ns`].
+const FRESH: i32 = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
 /// Exit status of a root task that did not get as far as execve(2).
 const NOT_STARTED: i32 = 112;
@@ -53,8 +56,8 @@ impl Flavour {
     fn clone_flags(self) -> i32 {
         match self {
             Flavour::Host => 0,
-            Flavour::Ns => libc::CLONE_NEWPID | libc::CLONE_NEWNS,
-            Flavour::User => libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUSER,
+            Flavour::Ns => FRESH,
+            Flavour::User => FRESH | libc::CLONE_NEWUSER,
         }
     }
 }

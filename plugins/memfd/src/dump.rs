@@ -4,7 +4,7 @@ use crate::{
     blob, kernel,
     records::stasis::memfd::v1::{Extent, MemoryFile},
 };
-use stasis_plugin_api::{HookError, Host, ObjectInfo, Result};
+use stasis_plugin_api::{HookError, Host, ObjectInfo, Result, namespace::IdMap};
 use std::{
     fs::{self, File},
     io::{self, Write},
@@ -132,20 +132,10 @@ fn owner(host: &Host<'_>, object: &ObjectInfo, uid: u32, gid: u32) -> Result<(u3
     let inside = |file: &str, id: u32| {
         let path = format!("/proc/self/fd/{}/{file}", proc.as_raw_fd());
         let map = fs::read_to_string(path).map_err(failed("read an id map"))?;
-        translate(&map, id).ok_or_else(|| {
+        IdMap::parse(&map).inside(id).ok_or_else(|| {
             let remedy = "change the file's owner to a user of the tree";
             HookError::unsupported("memfd", format!("its owner {id} does not exist in the tree"), remedy)
         })
     };
     Ok((inside("uid_map", uid)?, inside("gid_map", gid)?))
-}
-
-/// From an id outside to one inside; each line is `inside outside count`.
-pub fn translate(map: &str, id: u32) -> Option<u32> {
-    map.lines().find_map(|line| {
-        let mut numbers = line.split_whitespace().map(|word| word.parse::<u32>().ok());
-        let (inside, outside, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
-        let offset = id.checked_sub(outside).filter(|offset| *offset < count)?;
-        inside.checked_add(offset)
-    })
 }

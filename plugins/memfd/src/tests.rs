@@ -93,14 +93,6 @@ fn only_memory_files_are_claimed() {
 }
 
 #[test]
-fn ids_are_translated() {
-    let map = "         0     100000      65536\n     70000          5         1\n";
-    assert_eq!(dump::translate(map, 100_007), Some(7));
-    assert_eq!(dump::translate(map, 5), Some(70_000));
-    assert_eq!(dump::translate(map, 6), None);
-}
-
-#[test]
 fn damaged_records_are_refused() {
     let mut kit = kit();
     let host = &mut kit.host;

@@ -1,7 +1,7 @@
 //! The files of a tmpfs, as a stream: for each an entry, preceded by its length, then the bytes of its segments.
 
 use crate::record::stasis::ns_mnt::v1::{Attribute, Entry, Segment};
-use stasis_plugin_api::{HookError, Result, prost::Message};
+use stasis_plugin_api::{HookError, Result, namespace::IdMap, prost::Message};
 use std::{
     collections::HashMap,
     ffi::{CString, OsStr},
@@ -22,23 +22,13 @@ const LARGEST_ENTRY: u32 = 16 << 20;
 
 /// `uid_map` and `gid_map` of the namespace's tasks.
 pub(crate) struct Maps {
-    pub uids: String,
-    pub gids: String,
+    pub uids: IdMap,
+    pub gids: IdMap,
 }
 
 /// Name of the blob of a mount.
 pub(crate) fn blob(namespace: u32, index: usize) -> String {
     format!("tmpfs/{namespace}/{index}")
-}
-
-/// An id of our user namespace as one of the namespace that an id map belongs to.
-fn inside(map: &str, outside: u32) -> Option<u32> {
-    map.lines().find_map(|line| {
-        let mut numbers = line.split_whitespace().map(|number| number.parse::<u32>().ok());
-        let (first, start, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
-        let offset = outside.checked_sub(start).filter(|offset| *offset < count)?;
-        first.checked_add(offset)
-    })
 }
 
 fn base(tree: &OwnedFd) -> PathBuf {
@@ -60,8 +50,8 @@ pub(crate) fn save(tree: &OwnedFd, mountpoint: &str, maps: &Maps, out: &mut impl
         let failed = |error: io::Error| HookError::failed(format!("reading {}", shown.display()), error);
         let path = below(&base, &relative);
         let stat = fs::symlink_metadata(&path).map_err(failed)?;
-        let id = |map: &str, id: u32| {
-            inside(map, id).ok_or_else(|| {
+        let id = |map: &IdMap, id: u32| {
+            map.inside(id).ok_or_else(|| {
                 let why = format!("its owner {id} does not exist in the namespace");
                 HookError::unsupported(shown.display().to_string(), why, "")
             })
@@ -295,7 +285,7 @@ mod tests {
 
     #[test]
     fn files_are_as_they_were() {
-        let maps = Maps { uids: "0 0 4294967295".into(), gids: "0 0 4294967295".into() };
+        let maps = Maps { uids: IdMap::parse("0 0 4294967295"), gids: IdMap::parse("0 0 4294967295") };
         let directory = std::env::temp_dir().join(format!("stasis-contents-{}", std::process::id()));
         let (from, to) = (directory.join("from"), directory.join("to"));
         fs::create_dir_all(from.join("d/e")).unwrap();

@@ -5,7 +5,7 @@ use crate::{
     mountinfo::{self, Line, below, join},
     record::stasis::ns_mnt::v1::{Class, Mount},
 };
-use stasis_plugin_api::{DumpedNamespace, HookError, Host, NamespaceInfo, Result};
+use stasis_plugin_api::{DumpedNamespace, HookError, Host, NamespaceInfo, Result, namespace::IdMap};
 use std::{
     fs::{self, File},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
@@ -40,8 +40,7 @@ pub(crate) fn dump(host: &Host<'_>, namespace: &NamespaceInfo) -> Result<DumpedN
     let theirs = mountinfo::parse(&read(format!("{base}/mountinfo"))?)?;
     let ours = mountinfo::parse(&read("/proc/self/mountinfo".into())?)?;
     let mounts = classify(&theirs, &ours)?;
-    let maps =
-        contents::Maps { uids: read(format!("{base}/uid_map"))?, gids: read(format!("{base}/gid_map"))? };
+    let maps = contents::Maps { uids: IdMap::of(&proc, "uid_map")?, gids: IdMap::of(&proc, "gid_map")? };
     for (index, (mount, line)) in mounts.iter().zip(&theirs).enumerate() {
         if mount.class() == Class::Contents {
             let tree = open_tree(&proc, line)?;

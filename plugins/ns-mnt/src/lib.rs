@@ -45,7 +45,7 @@ mod tests {
         sys::wait::{WaitStatus, waitpid},
         unistd::{ForkResult, fork},
     };
-    use stasis_plugin_api::{prost::Message, register::namespace, testing::FakeHost};
+    use stasis_plugin_api::{namespace::IdMap, prost::Message, register::namespace, testing::FakeHost};
     use std::{fs, path::Path};
 
     /// Runs `f` in a child, in new namespaces; an error's text is shown.
@@ -101,7 +101,7 @@ mod tests {
             let proc = fs::File::open("/proc/self").map_err(|e| e.to_string())?;
             let index = mounts.iter().position(|mount| mount.class() == Class::Contents).ok_or("no tmpfs")?;
             let tree = dump::open_tree(&proc, &theirs[index]).map_err(|e| e.to_string())?;
-            let maps = contents::Maps { uids: "0 0 1".into(), gids: "0 0 1".into() };
+            let maps = contents::Maps { uids: IdMap::parse("0 0 1"), gids: IdMap::parse("0 0 1") };
             let mut blob = Vec::new();
             contents::save(&tree, "t", &maps, &mut blob).map_err(|e| e.to_string())?;
             let record = MountNamespace { mounts, id: index as u32 };

@@ -12,7 +12,7 @@ use nix::{
     sys::stat::Mode,
     unistd::{mkfifo, unlink},
 };
-use stasis_plugin_api::{HookError, Host, ObjectInfo, Result};
+use stasis_plugin_api::{HookError, Host, ObjectInfo, Result, namespace::IdMap};
 use std::{
     ffi::{CString, OsStr},
     fs::{self, File, Permissions},
@@ -218,20 +218,10 @@ fn set_owner(host: &Host<'_>, end: &OwnedFd, record: &Pipe) -> Result<()> {
 /// The id in our user namespace of what has `id` in its parent (user_namespaces(7)).
 fn inside(map: &str, id: u32) -> Option<u32> {
     match fs::read_to_string(map) {
-        Ok(text) => map_id(&text, id),
+        Ok(text) => IdMap::parse(&text).inside(id),
         // Without /proc we cannot tell; then there is no other namespace either, or its plugin has mounted one.
         Err(_) => Some(id),
     }
-}
-
-/// Looks up an id in the text of a map: first inside, first outside, length.
-pub fn map_id(text: &str, id: u32) -> Option<u32> {
-    text.lines().find_map(|line| {
-        let mut numbers = line.split_whitespace().map(|number| number.parse::<u32>());
-        let (inside, outside, length) = (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
-        let offset = id.checked_sub(outside).filter(|offset| *offset < length)?;
-        inside.checked_add(offset)
-    })
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> HookError {

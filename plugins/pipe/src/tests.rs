@@ -3,7 +3,6 @@ use crate::{
     contents::Buffer,
     kernel::{self, Ends},
     records::stasis::pipe::v1::pipe::Contents,
-    restore::map_id,
 };
 use stasis_plugin_api::{Descriptor, testing::Kit};
 use std::{
@@ -274,13 +273,4 @@ fn a_fifo_in_use_by_others_is_not_filled_over() {
     let error = kit.restore().unwrap_err().to_string();
     assert!(error.contains("another process has it open"), "{error}");
     drop(other);
-}
-
-#[test]
-fn ids_are_looked_up_in_maps() {
-    let map = "         0     100000      65536\n     70000       1000          1\n";
-    assert_eq!(map_id(map, 100_033), Some(33));
-    assert_eq!(map_id(map, 1000), Some(70_000));
-    assert_eq!(map_id(map, 5), None);
-    assert_eq!(map_id("0 0 4294967295\n", 7), Some(7));
 }

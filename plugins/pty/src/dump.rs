@@ -7,7 +7,9 @@ use crate::{
     ioctl,
     record::stasis::pty::v1::Flow,
 };
-use stasis_plugin_api::{Actor, Dumped, HandleInfo, HookError, Host, ObjectInfo, Result, SessionInfo};
+use stasis_plugin_api::{
+    Actor, Dumped, HandleInfo, HookError, Host, ObjectInfo, Result, SessionInfo, namespace::IdMap,
+};
 use std::{
     fs,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
@@ -122,21 +124,11 @@ fn owner(host: &Host<'_>, handle: &HandleInfo, record: &mut Terminal, master: Bo
     let id = |file: &str, outside: u32| -> Result<u32> {
         let map = fs::read_to_string(format!("/proc/self/fd/{}/{file}", proc.as_raw_fd()))
             .map_err(|error| HookError::failed(format!("reading {file} of task {pid}"), error))?;
-        Ok(inside(&map, outside).unwrap_or(NOBODY))
+        Ok(IdMap::parse(&map).inside(outside).unwrap_or(NOBODY))
     };
     (record.uid, record.gid, record.mode) =
         (id("uid_map", node.st_uid)?, id("gid_map", node.st_gid)?, node.st_mode & 0o7777);
     Ok(())
-}
-
-/// An id of our user namespace as one of the namespace that an id map belongs to.
-fn inside(map: &str, outside: u32) -> Option<u32> {
-    map.lines().find_map(|line| {
-        let mut numbers = line.split_whitespace().map(|number| number.parse::<u32>().ok());
-        let (first, start, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
-        let offset = outside.checked_sub(start).filter(|offset| *offset < count)?;
-        first.checked_add(offset)
-    })
 }
 
 fn read_size(record: &mut Terminal, fd: BorrowedFd<'_>) -> Result<()> {
@@ -222,11 +214,5 @@ mod tests {
     fn masters_are_beside_their_slaves() {
         assert_eq!(ptmx_beside("/dev/pts/3 (deleted)"), "/dev/ptmx");
         assert_eq!(ptmx_beside("/jail/pts/3"), "/jail/pts/ptmx");
-    }
-
-    #[test]
-    fn owners_are_translated() {
-        assert_eq!(inside("0 100000 10\n", 100_005), Some(5));
-        assert_eq!(inside("0 100000 10\n", 5), None);
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     record::stasis::unix::v1::Credentials,
     sys::PeerCredentials,
 };
-use stasis_plugin_api::{Actor, HookError, Host, ObjectInfo, Result};
+use stasis_plugin_api::{Actor, HookError, Host, ObjectInfo, Result, namespace::IdMap};
 use std::{
     fs::{self, File},
     io,
@@ -15,16 +15,6 @@ use std::{
         unix::fs::MetadataExt,
     },
 };
-
-/// An id of our user namespace as one of the namespace that an id map belongs to.
-fn inside(map: &str, outside: u32) -> Option<u32> {
-    map.lines().find_map(|line| {
-        let mut numbers = line.split_whitespace().map(|number| number.parse::<u32>().ok());
-        let (first, start, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
-        let offset = outside.checked_sub(start).filter(|offset| *offset < count)?;
-        first.checked_add(offset)
-    })
-}
 
 /// A task whose namespaces are those of an object, and ways to ask for them.
 pub(crate) struct Context<'a, 'h> {
@@ -70,7 +60,7 @@ impl<'a, 'h> Context<'a, 'h> {
         let path = self.path(map);
         let text = fs::read_to_string(&path)
             .map_err(|error| HookError::failed(format!("reading {map} of task {}", self.holder), error))?;
-        inside(&text, outside).ok_or_else(|| {
+        IdMap::parse(&text).inside(outside).ok_or_else(|| {
             let why = format!(
                 "id {outside} of its creator, sender or file does not exist in the tree's user namespace"
             );
@@ -157,21 +147,5 @@ impl<'a, 'h> Context<'a, 'h> {
             // The receiver has not asked for credentials (SO_PASSCRED).
             Err(_) => Ok(None),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_are_translated() {
-        let map = "         0     100000      65536\n     70000       1000          1\n";
-        assert_eq!(inside(map, 100_000), Some(0));
-        assert_eq!(inside(map, 165_535), Some(65_535));
-        assert_eq!(inside(map, 165_536), None);
-        assert_eq!(inside(map, 1000), Some(70_000));
-        assert_eq!(inside("0 0 4294967295", 42), Some(42));
-        assert_eq!(inside("", 0), None);
     }
 }

@@ -194,6 +194,9 @@ workloads! {
     seccomp_strict: "a filter that allows hardly anything";
     seccomp_threads: "filters of single threads, and their synchronisation";
     ns_tree: "a tree in fresh user, mount and pid namespaces", host;
+    ipc_sysv: "an IPC namespace: segments, semaphores and message queues with their users";
+    ns_names: "host and domain name of a UTS namespace";
+    ns_clocks: "clocks of a time namespace";
     ns_mounts: "proc, tmpfs with content and bind mounts";
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
     mixture: "many behaviours in one tree";

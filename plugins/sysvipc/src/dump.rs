@@ -9,7 +9,10 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{self, Write},
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
     sync::{Mutex, PoisonError},
 };
 
@@ -32,11 +35,19 @@ pub fn attachment(host: &Host<'_>, vma: &VmaInfo) -> Result<Attachment> {
     // The inode number of a segment is its id (ipc/shm.c, newseg).
     let id = vma.ino as u32;
     let mut written = WRITTEN.lock().unwrap_or_else(PoisonError::into_inner);
-    if written.insert(id) {
+    if in_our_namespace(host, vma)? && written.insert(id) {
         segment(host, vma, id)?;
     }
     let read_only = vma.prot & libc::PROT_WRITE as u32 == 0 && !may_write(host, vma)?;
     Ok(Attachment { segment: id, read_only })
+}
+
+/// Whether the segment belongs to the IPC namespace of this process, and not to one of the tree.
+fn in_our_namespace(host: &Host<'_>, vma: &VmaInfo) -> Result<bool> {
+    let proc = host.open_proc(vma.pid)?;
+    let namespace = |path: String| fs::metadata(path).map_err(failed("look at an IPC namespace"));
+    let theirs = namespace(format!("/proc/self/fd/{}/ns/ipc", proc.as_raw_fd()))?;
+    Ok(theirs.ino() == namespace("/proc/self/ns/ipc".into())?.ino())
 }
 
 /// Whether mprotect(2) may add the right to write: the segment was not attached read-only (VmFlags in proc_pid_smaps(5)).
@@ -56,7 +67,7 @@ fn segment(host: &Host<'_>, vma: &VmaInfo, id: u32) -> Result<()> {
     let label = format!("System V segment {id}");
     let refuse = |why: String, remedy: &str| Err(HookError::unsupported(label.clone(), why, remedy));
     let Some(stat) = kernel::stat(id) else {
-        return refuse("it is of another IPC namespace".into(), "dump from inside that namespace");
+        return Err(HookError::invalid(format!("there is no {label}")));
     };
     let proc = host.open_proc(vma.pid)?;
     let path = format!("/proc/self/fd/{}/map_files/{:x}-{:x}", proc.as_raw_fd(), vma.start, vma.end);

@@ -1,4 +1,5 @@
-//! System V shared memory (shmget(2)) in the IPC namespace of stasis: segments that only the tree has attached.
+//! System V shared memory (shmget(2)) that tasks have attached. Segments of an IPC namespace of the tree come with that
+//! namespace (plugin ns-ipc); of those of the IPC namespace that stasis runs in, the ones that only the tree has attached are kept here.
 //!
 //! A mapping names its segment; the segments themselves are made in the command before any task is, and filled: each with the id it had.
 //! One that is still there, with nobody attached, is used again with the contents of the image. Not kept: the times of a segment and the
@@ -21,7 +22,7 @@ struct Attachments;
 
 impl Mapping for Attachments {
     type Record = Attachment;
-    const KIND: &'static str = "sysv-shm";
+    const KIND: &'static str = "sysv-attachment";
 
     fn selectors(&self) -> Vec<Selector> {
         vec![Selector::Mapping(kernel::PREFIX.into())]
@@ -56,7 +57,7 @@ impl Lifecycle for Segments {
 
 register!(mapping: Attachments);
 register!(lifecycle: Segments);
-export_plugin! { name: "sysv-shm", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
+export_plugin! { name: "sysvipc", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
 
 #[cfg(test)]
 mod tests {
