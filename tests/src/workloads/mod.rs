@@ -204,6 +204,8 @@ workloads! {
     limits_other_user: "resource limits of a process of another user";
     tcp_many: "10,000 connections from clients outside", guest;
     refused_keyring: "a process with a keyring of its own", apart;
+    refused_memory: "a process that shares its parent's memory", apart;
+    refused_thread: "a thread with a descriptor table of its own", apart;
     refused_dispatch: "a thread with syscall user dispatch", apart;
     refused: "descriptors that nobody can keep", apart;
     unclaimed: "descriptors that only the tests' plugin claims", apart;

@@ -62,7 +62,6 @@ pub const BRANCHES: &[&str] = &[
     "prctl_state",
     "pty_data",
     "pty_sessions",
-    "pty_settings",
     "seccomp_strict",
     "seccomp_threads",
     "sig_altstack",

@@ -32,6 +32,10 @@ pub fn tests() -> Vec<Test> {
         Test::new("dump::disk_full", disk_full),
         Test::new("dump::unclaimed_descriptors", unclaimed),
         Test::new("dump::what_nobody_can_keep", what_nobody_can_keep),
+        Test::new("dump::shared_memory", |test| one_word(test, "refused_memory", "share their memory")),
+        Test::new("dump::thread_files", |test| {
+            one_word(test, "refused_thread", "descriptor table of its own")
+        }),
         Test::new("dump::keyring", |test| one_word(test, "refused_keyring", "process keyring")),
         Test::new("dump::user_dispatch", |test| {
             one_word(test, "refused_dispatch", "PR_SET_SYSCALL_USER_DISPATCH")
