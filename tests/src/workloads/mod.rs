@@ -150,6 +150,7 @@ workloads! {
     epoll_basic: "epoll sets with data, edge-triggered, one-shot and exclusive entries";
     epoll_nested: "epoll in epoll";
     epoll_dup: "epoll entries whose number was closed or taken again";
+    epoll_exclusive: "a write that wakes one of three tasks (EPOLLEXCLUSIVE)";
     timerfd: "timerfds of all clocks: armed, expired, interval, unarmed";
     timerfd_cancel: "timers that are cancelled when the clock is set", heavy;
     signalfd: "signalfds with pending signals";
