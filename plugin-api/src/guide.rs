@@ -188,7 +188,7 @@
 //! assert_eq!(handle.field("flags").unwrap(), "02");
 //! assert!(handle.field("missing").is_err());
 //! ```
-//! [`socket`](crate::socket) has what all plugins of sockets need: addresses, options, filters, queues.
+//! [`socket`] has what all plugins of sockets need: addresses, options, filters, queues.
 //!
 //! # Testing
 //!
@@ -207,3 +207,6 @@
 //!
 //! A library of another major version, or with other layouts under the same version, is refused in one line when it is loaded. All of that is
 //! tested with real builds (`tests/tests/external/versions.rs`). The promise begins with the first published release.
+
+#[allow(unused_imports, reason = "the links above")]
+use crate::*;

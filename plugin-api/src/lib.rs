@@ -28,7 +28,7 @@ pub mod namespace;
 #[doc(hidden)]
 pub mod register;
 pub mod socket;
-#[cfg(feature = "testing")]
+#[cfg(any(feature = "testing", doc))]
 pub mod testing;
 
 pub use error::{ErrorKind, HookError, Result};
