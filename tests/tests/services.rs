@@ -164,6 +164,8 @@ fn snapshots(test: &str) -> Result<(), Failure> {
     let tool = Tool::discover().doing("finding the tool")?;
     let (calm, calm_stall) = counting(0, Duration::from_secs(2), || Ok(()))?;
     let (busy, stall) = counting(100, Duration::from_secs(ROUNDS.into()), || {
+        // Until all are accepted.
+        thread::sleep(Duration::from_millis(700));
         for round in 0..ROUNDS {
             let began = Instant::now();
             let name = format!("snapshot{round}");
@@ -224,8 +226,9 @@ fn postgres(test: &str) -> Result<(), Failure> {
         .doing("chown")?;
     run(&[&program("initdb"), "-D", &data, "-A", "trust", "-N"])?;
     let server = program("postgres");
-    let options =
-        ["-D", &data, "-p", &port, "-h", "127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"];
+    let options = ["-D", &data, "-p", &port, "-h", "127.0.0.1", "-c", "unix_socket_directories="];
+    // The machine's hugetlb pages come and go with other tests.
+    let options = [&options[..], &["-c", "fsync=off", "-c", "huge_pages=off"]].concat();
     let argv: Vec<&str> =
         as_user.iter().map(String::as_str).chain([server.as_str()]).chain(options).collect();
     let mut stage = start(&dir, &argv)?;
@@ -237,6 +240,12 @@ fn postgres(test: &str) -> Result<(), Failure> {
     let words = |line: &[String]| -> Result<String, Failure> {
         run(&line.iter().map(String::as_str).collect::<Vec<_>>())
     };
+    // It takes connections before it takes requests.
+    let began = Instant::now();
+    let isready = program("pg_isready");
+    while run(&[&[isready.as_str()][..], &there[..4]].concat()).is_err() && began.elapsed() < PATIENCE {
+        thread::sleep(Duration::from_millis(20));
+    }
     words(&with(&["-i", "-q", "postgres"]))?;
     let said = thread::scope(|scope| {
         let line = with(&["-c", "4", "-T", "4", "-n", "postgres"]);

@@ -110,10 +110,18 @@ pub fn run(ctl: &Ctl) -> Outcome {
     same("lock words", (lock.0.load(Ordering::SeqCst), second.0.load(Ordering::SeqCst)), state)?;
     ensure(counter.load(Ordering::SeqCst) == 0, "a waiter has gone on")?;
     ensure(!requeued.is_finished(), "the wait for the condition has ended")?;
-    // SAFETY: as above; wakes one, moves all others.
-    let moved = cvt_long(unsafe {
+    // A wait that a stop has interrupted may just be on its way back into the kernel.
+    let requeue = || {
         let (op, all) = (libc::FUTEX_CMP_REQUEUE_PI, i32::MAX);
-        libc::syscall(libc::SYS_futex, condition.as_ptr(), op, 1, all, lock.0.as_ptr(), 0)
+        // SAFETY: as above; wakes one, moves all others.
+        cvt_long(unsafe {
+            libc::syscall(libc::SYS_futex, condition.as_ptr(), op, 1, all, lock.0.as_ptr(), 0)
+        })
+    };
+    let mut moved = 0;
+    poll_until("somebody is moved to the lock", || {
+        moved = requeue().unwrap_or(-1);
+        moved != 0
     })?;
     same("moved to the lock", moved, 1)?;
     go.store(1, Ordering::SeqCst);
