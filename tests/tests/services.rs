@@ -248,7 +248,10 @@ fn postgres(test: &str) -> Result<(), Failure> {
     }
     words(&with(&["-i", "-q", "postgres"]))?;
     let said = thread::scope(|scope| {
-        let line = with(&["-c", "4", "-T", "4", "-n", "postgres"]);
+        // Connections that a failed restore has given up would keep it waiting.
+        let line =
+            [&["timeout".to_owned(), "40".to_owned()], &with(&["-c", "4", "-T", "4", "-n", "postgres"])[..]]
+                .concat();
         let client = scope.spawn(move || words(&line));
         thread::sleep(Duration::from_millis(800));
         through(&mut stage)?;
