@@ -41,6 +41,7 @@ const TREES: &[(&str, Flavour)] = &[
     ("netlink", Flavour::Host),
     ("raw_sockets", Flavour::Host),
     ("packet_sockets", Flavour::Host),
+    ("ns_clocks", Flavour::Ns),
     ("pipe_data", Flavour::User),
     ("external_counter", Flavour::Host),
 ];
