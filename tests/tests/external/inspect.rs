@@ -42,6 +42,7 @@ const TREES: &[(&str, Flavour)] = &[
     ("raw_sockets", Flavour::Host),
     ("packet_sockets", Flavour::Host),
     ("ns_clocks", Flavour::Ns),
+    ("sysv_shm", Flavour::Ns),
     ("pipe_data", Flavour::User),
     ("external_counter", Flavour::Host),
 ];
