@@ -18,6 +18,7 @@ mod receive;
 mod restore;
 mod sandbox;
 mod sys;
+mod waiting;
 
 use census::Census;
 use stasis_plugin_api::{
@@ -67,7 +68,7 @@ impl Descriptor for Unix {
     }
 
     fn commit(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<()> {
-        dump::commit(host, &self.census(), object)
+        waiting::commit(host, &self.census(), object)
     }
 
     fn create(&self, host: &Host<'_>, object: &ObjectInfo, record: &Sockets) -> Result<Vec<OwnedFd>> {

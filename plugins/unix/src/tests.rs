@@ -197,6 +197,30 @@ fn clients_that_wait_are_accepted_later() {
 }
 
 #[test]
+fn descriptors_on_their_way_to_nobody_are_refused() {
+    let address = UnixAddr::new_abstract(format!("stasis-fds-{}", std::process::id()).as_bytes()).unwrap();
+    let listener = listener(SockType::Stream, &address);
+    let client = new(SockType::Stream);
+    connect(client.as_raw_fd(), &address).unwrap();
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let fds = [reader.as_raw_fd()];
+    let message = [std::io::IoSlice::new(b"x")];
+    let control = [nix::sys::socket::ControlMessage::ScmRights(&fds)];
+    nix::sys::socket::sendmsg::<()>(
+        client.as_raw_fd(),
+        &message,
+        &control,
+        nix::sys::socket::MsgFlags::empty(),
+        None,
+    )
+    .unwrap();
+    let mut kit = kit();
+    kit.hold(client, "unix").unwrap();
+    kit.hold(listener, "unix").unwrap();
+    assert!(kit.dump().unwrap_err().what.contains("descriptors are in flight"));
+}
+
+#[test]
 fn datagrams_keep_their_senders() {
     if !as_root() {
         return;

@@ -181,7 +181,7 @@ impl Restoration<'_, '_> {
         let client = self.host.open_handle(self.handle(0)?)?;
         let (address, _file) = self.address(self.record.peer_handle, &self.record.peer_address)?;
         sys::connect(client.as_fd(), &address).map_err(|error| HookError::failed("connect", error))?;
-        let name = crate::dump::waiting_blob(self.record.inode);
+        let name = crate::waiting::blob(self.record.inode);
         let mut bytes = Vec::new();
         let read = self.host.blob_reader(&name).take(LARGEST).read_to_end(&mut bytes);
         read.map_err(|error| HookError::failed("reading queued data", error))?;
