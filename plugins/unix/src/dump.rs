@@ -41,7 +41,7 @@ pub(crate) fn describe(
     };
     let mut queue = Vec::new();
     let messages = match host.is_dry_run() {
-        false => receive_queue(fd, &socket, &label(socket.ino))?,
+        false => receive_queue(host, fd, &socket, &label(socket.ino))?,
         true => {
             if !socket.listening && socket.diag.receive_queue > 0 {
                 let why = "a dry run does not look into its queue, where descriptors may be that others seem to lack";

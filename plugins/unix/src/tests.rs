@@ -185,6 +185,8 @@ fn clients_that_wait_are_accepted_later() {
         }
         kit.dump().unwrap();
         kit.commit().unwrap();
+        // The guardian knows of every socket whose queue was looked at.
+        assert_eq!(kit.host.undo.borrow().is_empty(), !talks);
         kit.restore().unwrap();
         let accepted = accept(listening).unwrap();
         // SAFETY: accept gave it to us.

@@ -68,7 +68,7 @@ fn save_waiting(context: &Context<'_, '_>, fd: BorrowedFd<'_>, kind: i32) -> Res
     let Some(client) = socket.peer_ino() else { return Ok(()) };
     let label = format!("a connection of {} that waited to be accepted", label(client));
     let mut waiting = Waiting::default();
-    for message in receive_queue(fd, &socket, &label)? {
+    for message in receive_queue(context.host, fd, &socket, &label)? {
         if !message.fds.is_empty() {
             return Err(HookError::unsupported(label, "descriptors are in flight in it", "try again"));
         }
