@@ -117,6 +117,21 @@ pub fn undo() {
     }
 }
 
+/// Keeps a place from being chosen by the kernel for the whole segment, of which only a part belongs there.
+fn reserve(start: u64, length: u64) -> Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: replaces no mapping.
+    let place =
+        unsafe { libc::mmap(start as *mut libc::c_void, length as usize, libc::PROT_NONE, flags, -1, 0) };
+    match io::Error::last_os_error() {
+        error if place == libc::MAP_FAILED && error.raw_os_error() != Some(libc::EEXIST) => {
+            Err(failed("reserving the place of a System V segment")(error))
+        }
+        // There is a mapping already, ours or core's.
+        _ => Ok(()),
+    }
+}
+
 /// The part of a segment that `vma` shows, at its place.
 pub fn attach(vma: &VmaInfo, record: &Attachment) -> Result<()> {
     let size = kernel::stat(record.segment).map_or(0, |stat| stat.size.next_multiple_of(4096));
@@ -128,6 +143,7 @@ pub fn attach(vma: &VmaInfo, record: &Attachment) -> Result<()> {
             record.segment
         )));
     }
+    reserve(vma.start, length)?;
     let execute = if vma.prot & libc::PROT_EXEC as u32 != 0 { libc::SHM_EXEC } else { 0 };
     let read_only = if record.read_only { libc::SHM_RDONLY } else { 0 };
     let whole = Attached::new(record.segment, execute | read_only).map_err(|error| {
@@ -136,7 +152,7 @@ pub fn attach(vma: &VmaInfo, record: &Attachment) -> Result<()> {
     })?;
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     let from = (whole.0 + vma.offset) as *mut libc::c_void;
-    // SAFETY: a part of what was just attached; the target is free, as core promises.
+    // SAFETY: a part of what was just attached; the target is ours, as core promises.
     let moved = unsafe {
         libc::mremap(from, length as usize, length as usize, flags, vma.start as *mut libc::c_void)
     };
