@@ -30,11 +30,15 @@ struct Held {
 }
 
 /// The cases of the project's speed table, in its order.
-pub const CASES: [Case; 9] = [
+pub const CASES: [Case; 10] = [
     Case { name: "small", about: "8 MiB process", hold: |_| memory(8 << 20, libc::MADV_NOHUGEPAGE) },
     Case { name: "4k", about: "2 GiB in 4K pages", hold: |_| memory(2 << 30, libc::MADV_NOHUGEPAGE) },
     Case { name: "thp", about: "2 GiB in THP", hold: |_| memory(2 << 30, libc::MADV_HUGEPAGE) },
-    Case { name: "procs", about: "300 processes of 1 MiB", hold: |ctl| processes(ctl, 300, Some(1 << 20)) },
+    Case {
+        name: "procs",
+        about: "300 processes of 1 MiB",
+        hold: |ctl| processes(ctl, 300, |_, n| own_memory(n)),
+    },
     Case { name: "threads", about: "1,000 threads", hold: |_| threads(1000) },
     Case { name: "maps", about: "20,000 mappings", hold: |_| mappings(20_000) },
     Case { name: "fds", about: "5,000 descriptors", hold: |ctl| descriptors(ctl, 2_500, 2_500, 0) },
@@ -42,6 +46,11 @@ pub const CASES: [Case; 9] = [
         name: "pipes",
         about: "15,000 descriptors, 2,500 pipes",
         hold: |ctl| descriptors(ctl, 5_000, 5_000, 2_500),
+    },
+    Case {
+        name: "procfds",
+        about: "300 processes with 50 descriptors each",
+        hold: |ctl| processes(ctl, 300, |ctl, _| descriptors(ctl, 20, 20, 5)),
     },
     Case { name: "cow", about: "256 MiB copy-on-write, 20 children", hold: shared_by_children },
 ];
@@ -108,14 +117,18 @@ fn aligned(size: usize) -> Outcome<Map> {
     Ok(room.part(start, size))
 }
 
-/// Children that sleep, with memory of their own.
-fn processes(ctl: &Ctl, count: usize, own: Option<usize>) -> Outcome<Held> {
+fn own_memory(n: usize) -> Outcome<Held> {
+    let map = Map::anon(1 << 20)?;
+    map.fill(n as u64);
+    Ok(Held { memory: Some(map), ..Held::default() })
+}
+
+/// Children that sleep, with something of their own.
+fn processes(ctl: &Ctl, count: usize, own: fn(&Ctl, usize) -> Outcome<Held>) -> Outcome<Held> {
     let ready = Map::shared(PAGE * 2)?;
     for n in 0..count {
-        ctl.child(&format!("c{n}"), |_| {
-            if let Some(size) = own {
-                Map::anon(size)?.fill(n as u64);
-            }
+        ctl.child(&format!("c{n}"), |ctl| {
+            let _held = own(ctl, n)?;
             ready.put(8 * n, 1);
             loop {
                 pause(Duration::from_secs(1000));
@@ -177,6 +190,6 @@ fn descriptors(ctl: &Ctl, files: usize, events: usize, pipes: usize) -> Outcome<
 /// One block of memory that twenty children share with their parent by fork.
 fn shared_by_children(ctl: &Ctl) -> Outcome<Held> {
     let held = memory(256 << 20, libc::MADV_NOHUGEPAGE)?;
-    processes(ctl, 20, None)?;
+    processes(ctl, 20, |_, _| Ok(Held::default()))?;
     Ok(held)
 }
