@@ -12,6 +12,8 @@ pub const DIR: &str = "/run/mine";
 
 /// Sets up, waits, checks.
 pub fn run(ctl: &Ctl) -> Outcome {
+    // Of an earlier run.
+    let _ = fs::remove_dir_all(DIR);
     fs::create_dir_all(DIR)?;
     let path = format!("{DIR}/file");
     let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
@@ -29,5 +31,6 @@ pub fn run(ctl: &Ctl) -> Outcome {
     same("from where it stood", text.as_str(), "two three")?;
     same("the other number", file.stream_position()?, 13)?;
     sys::write(&log, b" four")?;
-    same("content", fs::read_to_string(&path)?.as_str(), "one two three four")
+    same("content", fs::read_to_string(&path)?.as_str(), "one two three four")?;
+    Ok(fs::remove_dir_all(DIR)?)
 }

@@ -211,9 +211,9 @@ workloads! {
     refused: "descriptors that nobody can keep", apart;
     unclaimed: "descriptors that only the tests' plugin claims", apart;
     external_counter: "an event counter that two plugins claim", apart;
-    external_frames: "a tun device and a mapped ring of packets, for a plugin from outside", apart;
-    external_redis: "connections to a redis server outside, for a plugin from outside", apart;
-    external_file: "a file below /run that only the plugin of `stasis plugins new` brings along", apart;
+    external_frames: "a tun device and a mapped ring of packets, for a plugin from outside", apart, host;
+    external_redis: "connections to a redis server outside, for a plugin from outside", guest;
+    external_file: "a file below /run that only the plugin of `stasis plugins new` brings along", apart, host, heavy;
 }
 
 /// The workload of a name.
