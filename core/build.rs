@@ -8,7 +8,8 @@ mod records;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
-    records::compile("proto/image.proto");
+    records::compile("proto/image.proto", Some("image.bin"));
+    records::compile("proto/criu.proto", None);
     blob::build("parasite");
     blob::build("restorer");
 }

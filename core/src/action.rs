@@ -5,6 +5,7 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
+    sync::Arc,
 };
 
 /// A point at which scripts run.
@@ -16,6 +17,8 @@ pub enum Action {
     PostDump,
     /// Dump: the tree is stopped; connections are to be cut off from the network.
     NetworkLock,
+    /// Dump: the network is locked, and the tree will be described. Only observers are told.
+    QueryExtFiles,
     /// Dump that leaves the tree running, or fails: connections may go on. Restore: likewise, before the tasks run.
     NetworkUnlock,
     /// Restore: nothing is created yet.
@@ -39,6 +42,7 @@ impl Action {
             Self::PreDump => "pre-dump",
             Self::PostDump => "post-dump",
             Self::NetworkLock => "network-lock",
+            Self::QueryExtFiles => "query-ext-files",
             Self::NetworkUnlock => "network-unlock",
             Self::PreRestore => "pre-restore",
             Self::SetupNamespaces => "setup-namespaces",
@@ -79,6 +83,40 @@ pub enum ActionError {
         /// How it ended.
         status: ExitStatus,
     },
+    /// Who asked for the dump or restore does not want to go on.
+    #[error("at {action}: {source}")]
+    Observer {
+        /// When.
+        action: Action,
+        /// What is wrong.
+        source: io::Error,
+    },
+}
+
+/// What an observer is told: the point, and the root task as stasis sees it, if there is one.
+type Observe = dyn Fn(Action, Option<i32>) -> io::Result<()> + Send + Sync;
+
+/// Somebody who is told the same as the scripts, in the process that does the work. An error ends the dump or restore, like
+/// that of a script.
+#[derive(Clone)]
+pub struct Observer(Arc<Observe>);
+
+impl Observer {
+    /// One that is called.
+    pub fn new(observe: impl Fn(Action, Option<i32>) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(observe))
+    }
+
+    /// Tells it.
+    pub fn tell(&self, action: Action, init: Option<i32>) -> io::Result<()> {
+        self.0(action, init)
+    }
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
 }
 
 /// The scripts of one dump or restore.
@@ -88,13 +126,16 @@ pub struct ActionScripts<'a> {
     pub scripts: &'a [String],
     /// The image's directory.
     pub images_dir: &'a Path,
+    /// Who is told afterwards.
+    pub observer: Option<&'a Observer>,
 }
 
 impl ActionScripts<'_> {
     /// Runs all of them, one after the other; `init` is the root task as stasis sees it, if there is one.
     pub fn run(self, action: Action, init: Option<i32>) -> Result<(), ActionError> {
         let images_dir = || self.images_dir.canonicalize().unwrap_or_else(|_| PathBuf::from(self.images_dir));
-        for script in self.scripts {
+        let scripts = if action == Action::QueryExtFiles { &[] } else { self.scripts };
+        for script in scripts {
             tracing::debug!(script, %action, "action script");
             let mut command = Command::new("/bin/sh");
             command.arg("-c").arg(script).stdin(Stdio::null());
@@ -109,7 +150,13 @@ impl ActionScripts<'_> {
                 Err(source) => return Err(ActionError::Start { script, action, source }),
             }
         }
-        Ok(())
+        let Some(observer) = self.observer else { return Ok(()) };
+        observer.tell(action, init).map_err(|source| ActionError::Observer { action, source })
+    }
+
+    /// Whether there is nobody to tell.
+    pub fn is_empty(self) -> bool {
+        self.scripts.is_empty() && self.observer.is_none()
     }
 }
 
@@ -124,7 +171,7 @@ mod tests {
         let say =
             format!("echo $CRTOOLS_SCRIPT_ACTION $CRTOOLS_IMAGE_DIR $CRTOOLS_INIT_PID >> {}", log.display());
         let scripts = [say, "test $CRTOOLS_SCRIPT_ACTION != post-dump".to_owned()];
-        let scripts = ActionScripts { scripts: &scripts, images_dir: directory.path() };
+        let scripts = ActionScripts { scripts: &scripts, images_dir: directory.path(), observer: None };
         scripts.run(Action::PreDump, None).unwrap();
         let error = scripts.run(Action::PostDump, Some(42)).unwrap_err().to_string();
         assert!(error.contains("post-dump") && error.contains("exit status: 1"), "{error}");

@@ -7,6 +7,7 @@ pub mod action;
 pub mod arch;
 pub mod cli;
 mod clocks;
+pub mod criu;
 pub mod dump;
 pub mod files;
 pub mod front;

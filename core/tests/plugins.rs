@@ -156,7 +156,7 @@ fn same_plugin_twice() {
 
 #[test]
 fn options_must_be_declared() {
-    let given = [GivenOption { name: "nonsense".into(), value: None }];
+    let given = [GivenOption::new("nonsense", None)];
     let error = Registry::default().set_options(&given).unwrap_err().to_string();
     assert_eq!(error, "unknown option --nonsense (no loaded plugin has options)");
 }

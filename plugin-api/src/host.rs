@@ -16,7 +16,8 @@ impl<'a> Host<'a> {
         Self { inner }
     }
 
-    /// The value of one of the plugin's own options; an empty string for a switch that was given.
+    /// The value of one of the plugin's own options; an empty string for a switch that was given. Of an option that was
+    /// given several times all values, a line each ([`Self::option_values`]).
     pub fn option(&self, name: &str) -> Option<String> {
         self.inner.option(name.into()).into_option().map(Into::into)
     }
@@ -24,6 +25,12 @@ impl<'a> Host<'a> {
     /// Whether one of the plugin's own switches was given.
     pub fn has_option(&self, name: &str) -> bool {
         self.option(name).is_some()
+    }
+
+    /// The values of one of the plugin's own options, in the order in which they were given; none if it was not.
+    pub fn option_values(&self, name: &str) -> Vec<String> {
+        let text = self.option(name);
+        text.iter().flat_map(|text| text.split('\n')).map(str::to_owned).collect()
     }
 
     /// Tells the user something he should know although the operation goes on.
@@ -123,9 +130,12 @@ impl<'a> Host<'a> {
     }
 
     /// Has the guardian keep a duplicate of `fd`, and do these steps with it before the tree runs on: after a dump that
-    /// leaves it running, fails, or is killed (dump only). What was asked for last is done first; an error of a step is
+    /// leaves it running, fails, or is killed. What was asked for last is done first; an error of a step is
     /// no reason to stop. If the tree is killed the duplicate is closed when it is gone, and nothing is done. No
     /// steps: only the close, which comes before the tree runs on.
+    ///
+    /// On restore (in lifecycle hooks and [`Namespace::prepare`](crate::Namespace::prepare)): the steps are done when a restore has failed or
+    /// was killed, after its tasks are gone, and dropped when the tree runs.
     ///
     /// To be called *before* the change that it undoes, so that there is no instant in which nobody would.
     pub fn undo(&self, fd: BorrowedFd<'_>, steps: &[UndoStep]) -> Result<()> {

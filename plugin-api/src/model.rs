@@ -82,6 +82,8 @@ pub struct OptionDeclaration {
     pub help: RSlice<'static, u8>,
     /// Whether it takes a value.
     pub takes_value: bool,
+    /// Whether the value may be left out; the option is then the empty string.
+    pub value_optional: bool,
 }
 
 impl OptionDeclaration {
@@ -91,12 +93,18 @@ impl OptionDeclaration {
             name: RSlice::from_slice(name.as_bytes()),
             help: RSlice::from_slice(help.as_bytes()),
             takes_value: false,
+            value_optional: false,
         }
     }
 
     /// An option with a value.
     pub const fn value(name: &'static str, help: &'static str) -> Self {
         Self { takes_value: true, ..Self::switch(name, help) }
+    }
+
+    /// An option that is given as `--NAME` or `--NAME=VALUE`.
+    pub const fn optional_value(name: &'static str, help: &'static str) -> Self {
+        Self { value_optional: true, ..Self::value(name, help) }
     }
 }
 
@@ -303,7 +311,7 @@ pub struct TaskInfo {
     pub pgid: i32,
     /// Session.
     pub sid: i32,
-    /// Pid as the dumping process sees it; 0 on restore.
+    /// Pid as stasis sees it. On restore 0, except in lifecycle hooks from [`Event::Restored`] on.
     pub host_pid: i32,
     /// Command name.
     pub name: RString,
@@ -397,8 +405,7 @@ pub enum Event {
     Unlock,
 }
 
-/// Something the guardian does with a descriptor before the tree runs on, whatever happens to the command and its
-/// plugins: see [`Host::undo`](crate::Host::undo).
+/// Something the guardian does with a descriptor, whatever happens to the command and its plugins: see [`Host::undo`](crate::Host::undo).
 #[repr(u8)]
 #[derive(StableAbi, Debug, Clone, PartialEq, Eq)]
 pub enum UndoStep {
@@ -413,4 +420,7 @@ pub enum UndoStep {
     },
     /// write(2) of these bytes, once.
     Write(RVec<u8>),
+    /// unlinkat(2) with `AT_REMOVEDIR` of this name in the directory; a directory that is in use by processes that are just
+    /// ending is tried again for a moment.
+    RemoveDirectory(RString),
 }

@@ -446,6 +446,11 @@ pub fn run(
 
 /// What a variant does with a started tree.
 pub fn play(stage: &mut Stage, variant: Variant) -> Result<(), Failure> {
+    play_with(None, stage, variant)
+}
+
+/// The same with another tool than usual.
+pub fn play_with(tool: Option<Tool>, stage: &mut Stage, variant: Variant) -> Result<(), Failure> {
     let before = stage.look_when_still()?;
     match variant {
         Variant::Straight => {
@@ -458,7 +463,10 @@ pub fn play(stage: &mut Stage, variant: Variant) -> Result<(), Failure> {
         }
         _ => {}
     }
-    let tool = Tool::discover().doing("finding the tool")?;
+    let tool = match tool {
+        Some(tool) => tool,
+        None => Tool::discover().doing("finding the tool")?,
+    };
     match variant {
         Variant::Running | Variant::NoCow | Variant::Stopped => {
             let flags: &[&str] = match variant {

@@ -75,20 +75,39 @@ struct Checked {
     outcome: Outcome,
 }
 
+/// All that was tried.
+pub(crate) struct Checks(Vec<Checked>);
+
+impl Checks {
+    /// Tries everything out.
+    pub(crate) fn run(choice: &PluginChoice) -> Self {
+        let mut all: Vec<Checked> = FEATURES
+            .iter()
+            .map(|feature| Checked {
+                name: feature.name.into(),
+                why: feature.why.into(),
+                needed: feature.needed,
+                outcome: (feature.probe)(),
+            })
+            .collect();
+        let registry = Registry::load(choice);
+        all.push(plugins(&registry));
+        all.extend(registry.iter().flat_map(namespaces));
+        Self(all)
+    }
+
+    /// What does not work although it is needed, and why.
+    pub(crate) fn failures(&self) -> Vec<String> {
+        let failed = self.0.iter().filter(|checked| checked.needed);
+        failed
+            .filter_map(|checked| Some(format!("{}: {}", checked.name, checked.outcome.as_ref().err()?)))
+            .collect()
+    }
+}
+
 /// Runs it: success if all that is needed works. With `json`, everything is one object on stdout.
 pub fn run(args: &CheckArgs, choice: &PluginChoice, json: bool) -> ExitCode {
-    let mut all: Vec<Checked> = FEATURES
-        .iter()
-        .map(|feature| Checked {
-            name: feature.name.into(),
-            why: feature.why.into(),
-            needed: feature.needed,
-            outcome: (feature.probe)(),
-        })
-        .collect();
-    let registry = Registry::load(choice);
-    all.push(plugins(&registry));
-    all.extend(registry.iter().flat_map(namespaces));
+    let Checks(all) = Checks::run(choice);
     let failed = all.iter().filter(|checked| checked.needed && checked.outcome.is_err()).count();
     let mut out = io::stdout().lock();
     let written = match json {

@@ -1,6 +1,6 @@
 //! `stasis dump`.
 
-use super::{CommonArgs, ExitStatus, logging, report};
+use super::{CommonArgs, ExitStatus, logging, parse_size, report};
 use crate::{
     dump::{self, Afterwards, DumpOptions, OnUnclaimed, Resource, Survey, TaskResources},
     plugins::GivenOption,
@@ -52,7 +52,7 @@ pub struct DumpArgs {
     #[arg(long, value_name = "DIR")]
     freeze_cgroup: Option<PathBuf>,
     /// Largest deleted file that goes into the image, in bytes on disk; K, M and G are understood
-    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = size)]
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_size)]
     ghost_limit: u64,
     /// Make a hard link beside a file that was unlinked under the name by which it is open and has others; the restore
     /// takes it away
@@ -68,15 +68,6 @@ pub struct DumpArgs {
     /// Copy all pages from outside the tasks
     #[arg(long, hide = true)]
     outside_only: bool,
-}
-
-/// A number of bytes with an optional K, M or G, as CRIU takes it.
-fn size(text: &str) -> Result<u64, String> {
-    let units = [(['K', 'k'], 10), (['M', 'm'], 20), (['G', 'g'], 30)];
-    let found = units.iter().find_map(|(letters, shift)| Some((text.strip_suffix(letters)?, *shift)));
-    let (digits, shift) = found.unwrap_or((text, 0));
-    let number: u64 = digits.parse().map_err(|_| "a number of bytes, with K, M or G".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
 }
 
 /// Runs the subcommand.

@@ -32,19 +32,24 @@ const LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
 
 /// Installs the subscriber. `images_dir` is where a relative log file goes unless there is a work directory.
 pub fn init(args: &CommonArgs, images_dir: Option<&Path>) -> Result<(), LogError> {
-    let level = LEVELS[usize::from(args.verbosity.unwrap_or(1)).min(LEVELS.len() - 1)];
+    let base = args.work_dir.as_deref().or(images_dir).unwrap_or(Path::new("."));
+    let path = args.log_file.as_ref().map(|file| base.join(file));
+    start(args.verbosity.unwrap_or(1), path.as_deref())
+}
+
+/// Likewise: what `-v VERBOSITY` shows, into a file or to stderr.
+pub fn start(verbosity: u8, file: Option<&Path>) -> Result<(), LogError> {
+    let level = LEVELS[usize::from(verbosity).min(LEVELS.len() - 1)];
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let writer = match &args.log_file {
+    let writer = match file {
         None => BoxMakeWriter::new(io::stderr),
-        Some(file) => {
-            let base = args.work_dir.as_deref().or(images_dir).unwrap_or(Path::new("."));
-            let path = base.join(file);
+        Some(path) => {
             let failed = |source| LogError { path: path.display().to_string(), source };
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).map_err(failed)?;
             }
             TO_FILE.store(true, Ordering::Relaxed);
-            BoxMakeWriter::new(Arc::new(File::create(&path).map_err(failed)?))
+            BoxMakeWriter::new(Arc::new(File::create(path).map_err(failed)?))
         }
     };
     // A second call (tests) keeps the first subscriber.

@@ -17,7 +17,11 @@ use crate::plugins::{PluginChoice, split_arguments};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
+pub(crate) use check::Checks;
+pub use logging::LogError;
+pub(crate) use logging::{start as start_log, to_file as logs_to_file};
 pub use report::ExitStatus;
+pub(crate) use restore::wait;
 
 /// Checkpoints running process trees into files and restores them.
 #[derive(Debug, Parser)]
@@ -120,6 +124,15 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Plugins(args) => plugins::run(args, &cli.common.plugins.choice(), cli.common.json),
     }
+}
+
+/// A number of bytes with an optional K, M or G, as CRIU takes it.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let units = [(['K', 'k'], 10), (['M', 'm'], 20), (['G', 'g'], 30)];
+    let found = units.iter().find_map(|(letters, shift)| Some((text.strip_suffix(letters)?, *shift)));
+    let (digits, shift) = found.unwrap_or((text, 0));
+    let number: u64 = digits.parse().map_err(|_| "a number of bytes, with K, M or G".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
 }
 
 #[cfg(test)]

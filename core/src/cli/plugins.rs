@@ -127,7 +127,11 @@ fn print(out: &mut impl Write, registry: &Registry) -> io::Result<()> {
             writeln!(out, "    {sort:<10} {:<16} {}", kind.name.as_str(), selectors.join(", "))?;
         }
         for option in &plugin.options {
-            let value = if option.takes_value { "=VALUE" } else { "" };
+            let value = match (option.takes_value, option.value_optional) {
+                (true, false) => "=VALUE",
+                (true, true) => "[=VALUE]",
+                _ => "",
+            };
             writeln!(out, "    option     --{}{value}: {}", option.name, option.help)?;
         }
     }

@@ -70,6 +70,7 @@ pub fn run(args: &RestoreArgs, common: &CommonArgs, plugin_options: Vec<GivenOpt
         shell_job: args.shell_job,
         external: args.external.clone(),
         action_scripts: args.action_script.clone(),
+        observer: None,
         inherit_fds: args.inherit_fd.clone(),
         pidfile: args.pidfile.clone(),
         timeout: args.timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
@@ -95,7 +96,7 @@ pub fn run(args: &RestoreArgs, common: &CommonArgs, plugin_options: Vec<GivenOpt
 }
 
 /// Waits for the restored root and ends as it did; 128 plus the signal if it was killed, as shells do.
-fn wait(pid: i32) -> ExitCode {
+pub(crate) fn wait(pid: i32) -> ExitCode {
     loop {
         match waitpid(Pid::from_raw(pid), None) {
             Ok(WaitStatus::Exited(_, status)) => return ExitCode::from(status as u8),

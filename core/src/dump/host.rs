@@ -1,7 +1,6 @@
 //! What core offers to hooks during a dump.
 
 use super::{Afterwards, Context};
-use crate::guardian::protocol::{self, Bytes};
 use nix::{
     errno::Errno,
     fcntl::{OFlag, openat},
@@ -149,18 +148,12 @@ impl HostAbi for DumpHost<'_> {
     }
 
     fn undo(&self, fd: i32, steps: RSlice<'_, UndoStep>) -> AbiResult<()> {
-        let steps = steps.iter().map(|step| match step {
-            UndoStep::SetOption { level, name, value } => {
-                protocol::UndoStep::SetOption { level: *level, name: *name, value: Bytes(value.to_vec()) }
-            }
-            UndoStep::Write(data) => protocol::UndoStep::Write(Bytes(data.to_vec())),
-        });
         if let Err(error) = self.changes("an entry in the journal") {
             return RResult::RErr(error);
         }
         // SAFETY: the hook has it open during this call.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        let result = self.context.guardian.borrow_mut().undo(fd, steps.collect());
+        let result = self.context.guardian.borrow_mut().undo(fd, steps.iter().map(Into::into).collect());
         result.map_err(|error| HookError::invalid(format!("a journal entry: {error}"))).into()
     }
 

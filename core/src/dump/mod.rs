@@ -20,7 +20,7 @@ pub use survey::{Resource, Survey, TaskResources};
 pub use unclaimed::{OnUnclaimed, OnUnclaimedError, Policy, Unclaimed};
 
 use crate::{
-    action::{Action, ActionScripts},
+    action::Action,
     front::{self, Supervision},
     guardian::{Guardian, protocol::Outcome},
     image::ImageWriter,
@@ -41,6 +41,10 @@ pub struct DumpReport {
     pub tasks: usize,
     /// Threads in the image.
     pub threads: usize,
+    /// Until all tasks had stopped.
+    pub freezing: Duration,
+    /// Copying pages, their checksums included.
+    pub copying: Duration,
     /// From the first task stopped to the last one running again; until the end of the dump if none does.
     pub frozen: Duration,
     /// All of it.
@@ -75,7 +79,9 @@ impl<'a> Context<'a> {
         writer: impl FnOnce() -> Result<Option<ImageWriter>, DumpError>,
     ) -> Result<Self, DumpError> {
         let mut registry = Registry::load(&options.plugins)?;
-        registry.set_options(&options.plugin_options)?;
+        for name in registry.set_options(&options.plugin_options)? {
+            tracing::warn!("--{name}: no plugin knows it, so it is ignored");
+        }
         Ok(Self {
             options,
             registry,
@@ -121,8 +127,7 @@ impl<'a> Context<'a> {
     /// Runs the user's scripts.
     fn action(&self, action: Action) -> Result<(), DumpError> {
         let options = self.options;
-        let scripts = ActionScripts { scripts: &options.action_scripts, images_dir: &options.images_dir };
-        Ok(scripts.run(action, Some(options.tree))?)
+        Ok(options.scripts().run(action, Some(options.tree))?)
     }
 
     /// Lets the tree run on, connections included.
@@ -234,6 +239,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     let frozen = Instant::now();
     let passed = |step: &'static str| tracing::debug!(after = ?frozen.elapsed(), "{step}");
     let found = collect::seize(context)?;
+    report.freezing = frozen.elapsed();
     passed("seized");
     let mut frozen_tree = collect::describe(context, &found)?;
     passed("described and claimed");
@@ -242,6 +248,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     passed("asked the tasks");
     context.network_locked.set(true);
     context.action(Action::NetworkLock)?;
+    context.action(Action::QueryExtFiles)?;
     context.lifecycle(Event::Frozen)?;
     frozen_tree.write(context)?;
     resources::namespaces(context, &frozen_tree.namespaces)?;
@@ -257,6 +264,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     report.threads =
         context.inventory.borrow().tree.processes.iter().map(|process| process.threads.len()).sum();
 
+    let copying = Instant::now();
     let later = pages.snapshots().to_vec();
     pages.copy_frozen(&context.guardian, &later)?;
     passed("pages copied");
@@ -283,6 +291,7 @@ fn steps(context: &Context<'_>, report: &mut DumpReport) -> Result<(), DumpError
     } else {
         pages.finish(context.writer()?)?
     };
+    report.copying = copying.elapsed();
     passed("checksums");
     if options.afterwards == Afterwards::Kill {
         resources::commit(context)?;

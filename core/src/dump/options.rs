@@ -1,7 +1,10 @@
 //! What a dump is asked to do.
 
 use super::OnUnclaimed;
-use crate::plugins::{GivenOption, PluginChoice};
+use crate::{
+    action::{ActionScripts, Observer},
+    plugins::{GivenOption, PluginChoice},
+};
 use std::{path::PathBuf, time::Duration};
 
 /// What becomes of the tree after a successful dump.
@@ -38,6 +41,8 @@ pub struct DumpOptions {
     pub on_unclaimed: Vec<OnUnclaimed>,
     /// `--action-script`: commands for sh(1) that run at fixed points.
     pub action_scripts: Vec<String>,
+    /// Who is told what the scripts are told.
+    pub observer: Option<Observer>,
     /// How long tasks may take to stop.
     pub timeout: Duration,
     /// A cgroup v1 freezer or v2 directory to freeze with, instead of stopping task by task.
@@ -72,6 +77,7 @@ impl DumpOptions {
             external: Vec::new(),
             on_unclaimed: Vec::new(),
             action_scripts: Vec::new(),
+            observer: None,
             timeout: Duration::from_secs(10),
             freeze_cgroup: None,
             sync: false,
@@ -82,6 +88,14 @@ impl DumpOptions {
             link_remap: false,
             file_locks: false,
             plugin_timeout: Some(Duration::from_secs(60)),
+        }
+    }
+
+    pub(super) fn scripts(&self) -> ActionScripts<'_> {
+        ActionScripts {
+            scripts: &self.action_scripts,
+            images_dir: &self.images_dir,
+            observer: self.observer.as_ref(),
         }
     }
 }

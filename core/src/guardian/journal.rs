@@ -3,6 +3,7 @@
 use super::{GuardianError, protocol::UndoStep, wait::Waiter};
 use crate::inject::run::Patience;
 use nix::{
+    errno::Errno,
     fcntl::{AT_FDCWD, AtFlags},
     unistd::{UnlinkatFlags, linkat, unlinkat},
 };
@@ -33,22 +34,32 @@ impl Freezer {
         let mut freezer = Self { directory: directory.to_path_buf(), version_1, was_frozen: false };
         freezer.was_frozen = freezer.is_frozen()?;
         freezer.set(true)?;
+        if let Err(error) = freezer.wait_until_frozen(deadline, waiter) {
+            let _ = freezer.put_back();
+            return Err(error);
+        }
+        Ok(freezer)
+    }
+
+    fn wait_until_frozen(&self, deadline: Instant, waiter: &mut Waiter) -> Result<(), GuardianError> {
         let mut looks = 0;
-        while !freezer.is_frozen()? {
+        while !self.is_frozen()? {
             looks += 1;
             // Version 1 may stay in FREEZING for ever when tasks fork or die meanwhile; it must be thawed and tried again.
-            if version_1 && looks % 20 == 0 {
-                freezer.thaw()?;
+            if self.version_1 && looks % 20 == 0 {
+                self.thaw()?;
                 waiter.wait(Instant::now() + Duration::from_millis(2));
-                freezer.set(true)?;
+                self.set(true)?;
+            }
+            if waiter.command_gone {
+                return Err(GuardianError::CommandEnded);
             }
             if Instant::now() >= deadline {
-                freezer.thaw()?;
-                return Err(freezer.error("freezing", &io::Error::from_raw_os_error(libc::ETIMEDOUT)));
+                return Err(self.error("freezing", &io::Error::from_raw_os_error(libc::ETIMEDOUT)));
             }
             waiter.wait(Instant::now() + Duration::from_millis(1));
         }
-        Ok(freezer)
+        Ok(())
     }
 
     fn is_frozen(&self) -> Result<bool, GuardianError> {
@@ -120,19 +131,31 @@ impl Journal {
     pub fn undo_steps(&mut self) {
         while let Some((fd, steps)) = self.undo.pop() {
             for step in &steps {
-                // SAFETY: the kernel reads slices that outlive the calls.
-                unsafe {
-                    match step {
-                        UndoStep::SetOption { level, name, value } => {
-                            let length = value.len() as libc::socklen_t;
-                            libc::setsockopt(fd.as_raw_fd(), *level, *name, value.as_ptr().cast(), length);
-                        }
-                        UndoStep::Write(data) => {
-                            libc::write(fd.as_raw_fd(), data.as_ptr().cast(), data.len());
-                        }
+                match step {
+                    UndoStep::SetOption { level, name, value } => {
+                        let length = value.len() as libc::socklen_t;
+                        // SAFETY: the kernel reads a slice that outlives the call.
+                        unsafe {
+                            libc::setsockopt(fd.as_raw_fd(), *level, *name, value.as_ptr().cast(), length)
+                        };
                     }
+                    UndoStep::Write(data) => {
+                        // SAFETY: likewise.
+                        unsafe { libc::write(fd.as_raw_fd(), data.as_ptr().cast(), data.len()) };
+                    }
+                    UndoStep::RemoveDirectory(name) => remove_directory(&fd, name),
                 }
             }
         }
+    }
+}
+
+/// How long a directory may be in use by processes that are on their way out.
+const BUSY_TIME: Duration = Duration::from_secs(2);
+
+fn remove_directory(parent: &OwnedFd, name: &str) {
+    let deadline = Instant::now() + BUSY_TIME;
+    while unlinkat(parent, name, UnlinkatFlags::RemoveDir) == Err(Errno::EBUSY) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -286,6 +286,21 @@ pub enum UndoStep {
     },
     /// write(2).
     Write(Bytes),
+    /// unlinkat(2) with AT_REMOVEDIR, tried again while it is busy.
+    RemoveDirectory(String),
+}
+
+impl From<&stasis_plugin_api::UndoStep> for UndoStep {
+    fn from(step: &stasis_plugin_api::UndoStep) -> Self {
+        use stasis_plugin_api::UndoStep as Wanted;
+        match step {
+            Wanted::SetOption { level, name, value } => {
+                Self::SetOption { level: *level, name: *name, value: Bytes(value.to_vec()) }
+            }
+            Wanted::Write(data) => Self::Write(Bytes(data.to_vec())),
+            Wanted::RemoveDirectory(name) => Self::RemoveDirectory(name.to_string()),
+        }
+    }
 }
 
 /// How a dump ends.

@@ -183,8 +183,16 @@ impl Server {
                 .wait_arrived(expected, Duration::from_millis(timeout_ms), waiter)
                 .map(|()| Reply::Done),
             Request::Finalize(tasks) => nursery.finalize(&tasks, waiter).map(|()| Reply::Done),
-            Request::Release => nursery.release(waiter).map(|()| Reply::Done),
-            Request::Abort => nursery.abort(waiter).map(|()| Reply::Done),
+            Request::Release => {
+                nursery.release(waiter)?;
+                journal.undo.clear();
+                Ok(Reply::Done)
+            }
+            Request::Abort => {
+                let gone = nursery.abort(waiter);
+                journal.undo_steps();
+                gone.map(|()| Reply::Done)
+            }
         }
     }
 
@@ -193,7 +201,8 @@ impl Server {
         self.waiter.command_gone = true;
         // A call in flight is ended by the release, which interrupts and resets its thread.
         self.jobs.clear();
-        undo::release(&mut self.tree, &mut self.journal, &mut self.waiter);
+        // First: steps of the journal may need that restored tasks are gone.
         let _ = self.nursery.abort(&mut self.waiter);
+        undo::release(&mut self.tree, &mut self.journal, &mut self.waiter);
     }
 }

@@ -12,6 +12,8 @@ pub struct DeclaredOption {
     pub help: String,
     /// Whether it takes a value.
     pub takes_value: bool,
+    /// Whether the value may be left out.
+    pub value_optional: bool,
 }
 
 impl From<&OptionDeclaration> for DeclaredOption {
@@ -21,6 +23,7 @@ impl From<&OptionDeclaration> for DeclaredOption {
             name: text(option.name.as_slice()),
             help: text(option.help.as_slice()),
             takes_value: option.takes_value,
+            value_optional: option.value_optional,
         }
     }
 }
@@ -32,6 +35,22 @@ pub struct GivenOption {
     pub name: String,
     /// What stood after the `=`.
     pub value: Option<String>,
+    /// Whether it is left out, with a warning, if no plugin declares it. Otherwise that is an error.
+    pub if_declared: bool,
+}
+
+impl GivenOption {
+    /// As the user gave it.
+    pub fn new(name: &str, value: Option<String>) -> Self {
+        Self { name: name.to_owned(), value, if_declared: false }
+    }
+}
+
+impl DeclaredOption {
+    /// Whether it can be given with, or without, a value.
+    pub fn takes(&self, value: bool) -> bool {
+        if value { self.takes_value } else { !self.takes_value || self.value_optional }
+    }
 }
 
 /// Takes out of a command line what the subcommand itself does not know: options of plugins, which are loaded only
@@ -77,7 +96,7 @@ pub fn split_arguments(
             None if ["help", "version"].contains(&name) || current.get_name() == command.get_name() => {
                 rest.push(argument);
             }
-            None => given.push(GivenOption { name: name.to_owned(), value }),
+            None => given.push(GivenOption::new(name, value)),
         }
     }
     rest.extend(arguments);

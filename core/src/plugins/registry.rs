@@ -235,14 +235,16 @@ impl Registry {
         Some(&plugins[claim.plugin].name)
     }
 
-    /// Takes over the options that the user gave. One option may be declared by several plugins.
-    pub fn set_options(&mut self, given: &[GivenOption]) -> Result<(), PluginsError> {
+    /// Takes over the options that the user gave. One option may be declared by several plugins, and given several times. Tells
+    /// which were left out ([`GivenOption::if_declared`]).
+    pub fn set_options(&mut self, given: &[GivenOption]) -> Result<Vec<String>, PluginsError> {
+        let mut ignored = Vec::new();
         for option in given {
             let mut declared = false;
             for plugin in &self.plugins {
                 for declaration in plugin.options.iter().filter(|other| other.name == option.name) {
                     declared = true;
-                    if declaration.takes_value != option.value.is_some() {
+                    if !declaration.takes(option.value.is_some()) {
                         return Err(PluginsError::OptionValue {
                             name: option.name.clone(),
                             plugin: plugin.name.to_string(),
@@ -250,20 +252,34 @@ impl Registry {
                         });
                     }
                     let value = option.value.clone().unwrap_or_default();
-                    self.options.insert((plugin.name.to_string(), option.name.clone()), value);
+                    let key = (plugin.name.to_string(), option.name.clone());
+                    self.options
+                        .entry(key)
+                        .and_modify(|values| {
+                            if declaration.takes_value {
+                                values.push('\n');
+                                values.push_str(&value);
+                            }
+                        })
+                        .or_insert_with(|| value.clone());
                 }
             }
-            if !declared {
-                let known: BTreeSet<String> = self
-                    .plugins
-                    .iter()
-                    .flat_map(|plugin| plugin.options.iter().map(|option| option.name.clone()))
-                    .collect();
-                let known = known.into_iter().collect();
-                return Err(PluginsError::UnknownOption { name: option.name.clone(), known });
+            if declared {
+                continue;
             }
+            if option.if_declared {
+                ignored.push(option.name.clone());
+                continue;
+            }
+            let known: BTreeSet<String> = self
+                .plugins
+                .iter()
+                .flat_map(|plugin| plugin.options.iter().map(|option| option.name.clone()))
+                .collect();
+            let known = known.into_iter().collect();
+            return Err(PluginsError::UnknownOption { name: option.name.clone(), known });
         }
-        Ok(())
+        Ok(ignored)
     }
 
     /// Takes over the options that were in force at the dump, unless the user gave others. Those of plugins that are

@@ -12,7 +12,7 @@ use super::{
     world::{Plans, task_name},
 };
 use crate::{
-    action::{Action, ActionScripts},
+    action::Action,
     front::check_interrupted,
     guardian::{Guardian, GuardianError},
     plugins::{CallContext, HookWatch},
@@ -20,6 +20,7 @@ use crate::{
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use stasis_plugin_api::Event;
 use std::{
+    cell::RefCell,
     fs::File,
     io::{IsTerminal, Write},
     os::fd::OwnedFd,
@@ -34,7 +35,7 @@ pub struct Command<'a> {
     /// The first process.
     pub front: Channel,
     /// The guardian.
-    pub guardian: Guardian,
+    pub guardian: RefCell<Guardian>,
     /// Stage, failure, slots.
     pub shared: Shared,
     /// Which hook runs.
@@ -58,6 +59,9 @@ impl Command<'_> {
     pub fn run(mut self) -> Result<Outcome> {
         let started = Instant::now();
         let plans = Plans::new(self.options)?;
+        for name in &plans.ignored_options {
+            tracing::warn!("--{name}: no plugin of the image knows it, so it is ignored");
+        }
         check::check(&plans, self.options)?;
         if pids::check(&plans, &self.own)? {
             return Ok(Outcome::Again);
@@ -71,7 +75,7 @@ impl Command<'_> {
             Err(error) => {
                 let error = self.first_cause(&plans, error);
                 self.shared.fail("");
-                if let Err(abort) = self.guardian.abort() {
+                if let Err(abort) = self.guardian.borrow_mut().abort() {
                     tracing::warn!("the guardian: {abort}");
                 }
                 if let Err(hook) = self.event(&plans, Event::Aborted, None) {
@@ -115,7 +119,7 @@ impl Command<'_> {
             image.verify_pages(self.options.verify_threads())?;
         }
         let host_pid = self.front.clone_root(self.clone_request(plans))?;
-        self.guardian.adopt(host_pid, None)?;
+        self.guardian.borrow_mut().adopt(host_pid, None)?;
         self.action(Action::SetupNamespaces, Some(host_pid))?;
         self.prepare_namespaces(plans, host_pid)?;
         let mut permission =
@@ -141,7 +145,7 @@ impl Command<'_> {
         self.action(Action::PostRestore, Some(host_pid))?;
         self.action(Action::NetworkUnlock, Some(host_pid))?;
         let tasks = final_state::tasks(plans, self.shared, self.options.leave_stopped)?;
-        self.guardian.finalize(tasks)?;
+        self.guardian.borrow_mut().finalize(tasks)?;
         if let Some(path) = &self.options.pidfile {
             let written = std::fs::write(path, host_pid.to_string());
             written.map_err(RestoreError::system(format!("write {}", path.display())))?;
@@ -150,8 +154,9 @@ impl Command<'_> {
         self.action(Action::PreResume, Some(host_pid))?;
         // Only now, while the root is there to tell where paths lead.
         let links = ghosts::links(image, &PathBuf::from(format!("/proc/{host_pid}/root")));
-        let released =
-            check_interrupted().map_err(RestoreError::from).and_then(|()| Ok(self.guardian.release()?));
+        let released = check_interrupted()
+            .map_err(RestoreError::from)
+            .and_then(|()| Ok(self.guardian.borrow_mut().release()?));
         if let Err(error) = released {
             if let Some(path) = &self.options.pidfile {
                 // Names a process that is about to end.
@@ -203,8 +208,7 @@ impl Command<'_> {
                 let what = format!("plugin {} knows no {} namespaces", namespace.plugin, namespace.kind);
                 return Err(RestoreError::Machine { what });
             };
-            let host =
-                RestoreHost { plans, world: None, plugin: &namespace.plugin, node: 0, pid: 0, outside: None };
+            let host = self.host(plans, &namespace.plugin, None);
             let resource = format!("{} namespace", namespace.kind);
             let context =
                 CallContext { watch: self.watch, host: &host, task: 0, task_name: "", resource: &resource };
@@ -217,11 +221,11 @@ impl Command<'_> {
     fn wait_for_tasks(&mut self, plans: &Plans, host_pid: i32, started: Instant) -> Result<()> {
         let live = plans.image.tasks.iter().filter(|task| !task.zombie);
         let threads: usize = live.map(|task| task.threads.len() - usize::from(task.dead_leader)).sum();
-        let scripts = !self.options.action_scripts.is_empty();
-        let mut forked = plans.registry.lifecycles().next().is_none() && !scripts;
+        let nobody = self.options.scripts().is_empty();
+        let mut forked = plans.registry.lifecycles().next().is_none() && nobody;
         loop {
             let tick = Duration::from_millis(if forked { 50 } else { 2 });
-            let done = match self.guardian.wait_arrived(threads, tick) {
+            let done = match self.guardian.borrow_mut().wait_arrived(threads, tick) {
                 Ok(()) => true,
                 Err(GuardianError::NotArrived { .. }) => false,
                 // A zombie of the image that is meant to end so.
@@ -247,7 +251,7 @@ impl Command<'_> {
 
     /// Whether a task has ended that should not. Helpers and zombies do.
     fn check_deaths(&mut self, plans: &Plans) -> Result<()> {
-        while let Some(died) = self.guardian.try_died()? {
+        while let Some(died) = self.guardian.borrow_mut().try_died()? {
             let lost =
                 plans.image.tasks.iter().find(|task| {
                     !task.zombie && task.threads.iter().any(|thread| thread.tid == died.inner_tid)
@@ -261,14 +265,22 @@ impl Command<'_> {
     }
 
     fn action(&self, action: Action, init: Option<i32>) -> Result<()> {
-        let options = self.options;
-        let scripts = ActionScripts { scripts: &options.action_scripts, images_dir: &options.images_dir };
-        Ok(scripts.run(action, init)?)
+        Ok(self.options.scripts().run(action, init)?)
+    }
+
+    fn host<'s>(
+        &'s self,
+        plans: &'s Plans,
+        plugin: &'s str,
+        outside: Option<&'s Outside>,
+    ) -> RestoreHost<'s> {
+        let guardian = Some(&self.guardian);
+        RestoreHost { plans, world: None, plugin, node: 0, pid: 0, outside, guardian }
     }
 
     fn event(&self, plans: &Plans, event: Event, outside: Option<&Outside>) -> Result<()> {
         for kind in plans.registry.lifecycles() {
-            let host = RestoreHost { plans, world: None, plugin: &kind.plugin, node: 0, pid: 0, outside };
+            let host = self.host(plans, &kind.plugin, outside);
             let resource = format!("{event:?}");
             let context =
                 CallContext { watch: self.watch, host: &host, task: 0, task_name: "", resource: &resource };

@@ -190,6 +190,7 @@ impl<'a> TaskDescriptors<'a> {
             node: self.node,
             pid: self.pid,
             outside: None,
+            guardian: None,
         };
         let context = CallContext {
             watch: self.world.watch,

@@ -171,6 +171,7 @@ fn attempt(options: &RestoreOptions, watch: &'static HookWatch) -> Result<Attemp
     let command = move || {
         own.push(std::process::id() as i32);
         let front = Channel::new(theirs);
+        let guardian = RefCell::new(guardian);
         command::run(Command { options, front, guardian, shared, watch, permission: permit, own })
     };
     let ended = supervise_serving(&supervision, command, Some((ours.as_fd(), &mut serve)));

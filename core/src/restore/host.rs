@@ -4,15 +4,16 @@ use super::{
     pids, sys,
     world::{Plans, World, task_name},
 };
-use crate::image::records::Handle;
+use crate::{guardian::Guardian, image::records::Handle};
 use stasis_plugin_api::{
     HandleInfo, HookError, ObjectInfo, SessionInfo, TaskInfo, UndoStep,
     abi::{AbiResult, HostAbi},
     abi_stable::std_types::{RErr, ROk, ROption, RSlice, RSliceMut, RStr, RString, RVec},
 };
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
-    os::fd::{AsFd, IntoRawFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd},
 };
 
 /// The host for hooks of one plugin.
@@ -29,6 +30,8 @@ pub struct RestoreHost<'a> {
     pub pid: i32,
     /// In the command, once all is in place: the tasks, as they are from outside.
     pub outside: Option<&'a Outside>,
+    /// In the command.
+    pub guardian: Option<&'a RefCell<Guardian>>,
 }
 
 /// The restored tasks as the command sees them.
@@ -140,7 +143,7 @@ impl HostAbi for RestoreHost<'_> {
                 ppid: task.ppid,
                 pgid: task.pgid,
                 sid: task.sid,
-                host_pid: 0,
+                host_pid: self.outside.and_then(|outside| outside.pids.get(&task.pid)).copied().unwrap_or(0),
                 name: task_name(task).into(),
             })
             .collect()
@@ -209,8 +212,12 @@ impl HostAbi for RestoreHost<'_> {
             Err(error) => failed(error),
         }
     }
-    fn undo(&self, _: i32, _: RSlice<'_, UndoStep>) -> AbiResult<()> {
-        refused("undo")
+    fn undo(&self, fd: i32, steps: RSlice<'_, UndoStep>) -> AbiResult<()> {
+        let Some(guardian) = self.guardian else { return refused("undo in a task") };
+        // SAFETY: the hook has it open during this call.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let result = guardian.borrow_mut().undo(fd, steps.iter().map(Into::into).collect());
+        result.map_err(|error| HookError::invalid(format!("a journal entry: {error}"))).into()
     }
     fn hold(&self, begin: bool) {
         if let Some(world) = self.world {

@@ -315,6 +315,7 @@ impl<'a> Life<'a> {
             node: self.node,
             pid: self.pid,
             outside: None,
+            guardian: None,
         };
         let context =
             CallContext { watch: self.world.watch, host: &host, task: self.pid, task_name: &name, resource };

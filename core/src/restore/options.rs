@@ -1,6 +1,9 @@
 //! What the user asks of a restore, and what he is told.
 
-use crate::plugins::{GivenOption, PluginChoice};
+use crate::{
+    action::{ActionScripts, Observer},
+    plugins::{GivenOption, PluginChoice},
+};
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
 
@@ -23,6 +26,8 @@ pub struct RestoreOptions {
     pub external: Vec<String>,
     /// `--action-script`: commands for sh(1) that run at fixed points.
     pub action_scripts: Vec<String>,
+    /// Who is told what the scripts are told.
+    pub observer: Option<Observer>,
     /// `--inherit-fd`: descriptors of the caller for external resources.
     pub inherit_fds: Vec<InheritFd>,
     /// `--pidfile`: gets the root's pid before it runs.
@@ -38,6 +43,14 @@ pub struct RestoreOptions {
 }
 
 impl RestoreOptions {
+    pub(super) fn scripts(&self) -> ActionScripts<'_> {
+        ActionScripts {
+            scripts: &self.action_scripts,
+            images_dir: &self.images_dir,
+            observer: self.observer.as_ref(),
+        }
+    }
+
     pub(super) fn verify_threads(&self) -> usize {
         match self.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),

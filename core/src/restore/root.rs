@@ -186,6 +186,7 @@ fn namespaces(
             node: 0,
             pid,
             outside: None,
+            guardian: None,
         };
         let resource = format!("{} namespace", namespace.kind);
         let context =

@@ -15,7 +15,7 @@ pub fn unlock(options: &RestoreOptions) -> Result<()> {
     let watch = HookWatch::new().map_err(RestoreError::system("map the hook status page"))?;
     for kind in plans.registry.lifecycles() {
         let (plans, plugin) = (&plans, &kind.plugin);
-        let host = RestoreHost { plans, world: None, plugin, node: 0, pid: 0, outside: None };
+        let host = RestoreHost { plans, world: None, plugin, node: 0, pid: 0, outside: None, guardian: None };
         let context = CallContext { watch, host: &host, task: 0, task_name: "", resource: "Unlock" };
         context.event(kind, Event::Unlock)?;
     }

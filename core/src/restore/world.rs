@@ -47,6 +47,8 @@ pub struct Plans {
     pub inherited: BTreeMap<String, i32>,
     /// Whether files must have the mode, size and build id that they had.
     pub file_check: bool,
+    /// Options that were given in case a plugin knows them, and none does.
+    pub ignored_options: Vec<String>,
 }
 
 impl Plans {
@@ -55,7 +57,7 @@ impl Plans {
         // Kept for the life of the process: the tasks never leave it in the usual way.
         let image: &'static Image = Box::leak(Box::new(Image::open(&options.images_dir)?));
         let mut registry = Registry::load_needed(&options.plugins, &image.header)?;
-        registry.set_options(&options.plugin_options)?;
+        let ignored_options = registry.set_options(&options.plugin_options)?;
         registry.adopt_options(&image.header);
         let tasks: Vec<TreeTask> = image
             .tasks
@@ -81,7 +83,17 @@ impl Plans {
         }
         let external = options.external.clone();
         let file_check = !options.no_file_check;
-        Ok(Self { image, registry, tree, descriptors, holders, external, inherited, file_check })
+        Ok(Self {
+            image,
+            registry,
+            tree,
+            descriptors,
+            holders,
+            external,
+            inherited,
+            file_check,
+            ignored_options,
+        })
     }
 
     /// The task of a node, if it is one that runs on.
