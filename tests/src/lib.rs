@@ -11,6 +11,7 @@ pub mod emulator;
 pub mod external;
 pub mod hugepages;
 pub mod launch;
+pub mod mounts;
 pub mod net;
 pub mod sandbox;
 pub mod scenario;

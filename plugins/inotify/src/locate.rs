@@ -219,13 +219,13 @@ impl<'h, 'a> Search<'h, 'a> {
         }
     }
 
-    /// Looks below the directory that the user names. Unlike all else here, this opens directories.
+    /// Looks below the directories that the user names. Unlike all else here, this opens directories.
     fn scan(&self, listed: &[Listed], places: &mut [Option<Place>]) {
         let Some(top) = self.host.option(SCAN_PATH) else { return };
         let wanted = wanted(listed, places);
         let mut missing = wanted.len();
         let mut left = SCAN_LIMIT;
-        let mut todo = vec![PathBuf::from(top)];
+        let mut todo: Vec<PathBuf> = top.lines().map(PathBuf::from).collect();
         while let Some(directory) = todo.pop() {
             let Ok(entries) = fs::read_dir(&directory) else { continue };
             for entry in entries.flatten() {

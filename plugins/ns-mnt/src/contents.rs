@@ -31,25 +31,38 @@ pub(crate) fn blob(namespace: u32, index: usize) -> String {
     format!("tmpfs/{namespace}/{index}")
 }
 
-fn base(tree: &OwnedFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()))
+/// Name of the blob of what a mount shows, if that was removed.
+pub(crate) fn removed_blob(namespace: u32, index: usize) -> String {
+    format!("removed/{namespace}/{index}")
 }
 
-/// The root is reached through a link in /proc, and is wanted itself, not the link.
+/// A path by which a descriptor of this process is reached.
+pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
+/// A root that is reached through a link in /proc is wanted itself, not the link.
 fn below(base: &Path, relative: &Path) -> PathBuf {
-    if relative.as_os_str().is_empty() { base.join(".") } else { base.join(relative) }
+    if !relative.as_os_str().is_empty() {
+        base.join(relative)
+    } else if fs::metadata(base).is_ok_and(|stat| stat.is_dir()) {
+        base.join(".")
+    } else {
+        base.to_owned()
+    }
 }
 
-/// Writes all that is below `tree`. Parents come before their children.
+/// Writes all that is below `tree`, which may be a single file. Parents come before their children.
 pub(crate) fn save(tree: &OwnedFd, mountpoint: &str, maps: &Maps, out: &mut impl Write) -> Result<()> {
-    let base = base(tree);
+    let base = path_of(tree);
     let mut seen: HashMap<u64, PathBuf> = HashMap::new();
     let mut queue = vec![PathBuf::new()];
     while let Some(relative) = queue.pop() {
         let shown = Path::new(mountpoint).join(&relative);
         let failed = |error: io::Error| HookError::failed(format!("reading {}", shown.display()), error);
         let path = below(&base, &relative);
-        let stat = fs::symlink_metadata(&path).map_err(failed)?;
+        let follow = relative.as_os_str().is_empty();
+        let stat = if follow { fs::metadata(&path) } else { fs::symlink_metadata(&path) }.map_err(failed)?;
         let id = |map: &IdMap, id: u32| {
             map.inside(id).ok_or_else(|| {
                 let why = format!("its owner {id} does not exist in the namespace");
@@ -74,7 +87,7 @@ pub(crate) fn save(tree: &OwnedFd, mountpoint: &str, maps: &Maps, out: &mut impl
             if stat.nlink() > 1 && !stat.is_dir() {
                 seen.insert(stat.ino(), relative.clone());
             }
-            entry.attributes = attributes(&path).map_err(failed)?;
+            entry.attributes = attributes(&path, follow).map_err(failed)?;
             match stat.mode() & libc::S_IFMT {
                 libc::S_IFDIR => {
                     for child in fs::read_dir(&path).map_err(failed)? {
@@ -90,11 +103,6 @@ pub(crate) fn save(tree: &OwnedFd, mountpoint: &str, maps: &Maps, out: &mut impl
                     entry.size = stat.len();
                     entry.segments = segments(&file, stat.len()).map_err(failed)?;
                     data = Some(file);
-                }
-                libc::S_IFSOCK => {
-                    let remedy = "sockets bound inside a tmpfs of the namespace are not supported yet";
-                    let label = shown.display().to_string();
-                    return Err(HookError::unsupported(label, "it is a socket", remedy));
                 }
                 _ => entry.rdev = stat.rdev(),
             }
@@ -144,11 +152,19 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
-fn attributes(path: &Path) -> io::Result<Vec<Attribute>> {
+type ListXattr = unsafe extern "C" fn(*const libc::c_char, *mut libc::c_char, usize) -> isize;
+type GetXattr =
+    unsafe extern "C" fn(*const libc::c_char, *const libc::c_char, *mut libc::c_void, usize) -> isize;
+
+fn attributes(path: &Path, follow: bool) -> io::Result<Vec<Attribute>> {
     let path = c_path(path)?;
+    let (list, get) = match follow {
+        true => (libc::listxattr as ListXattr, libc::getxattr as GetXattr),
+        false => (libc::llistxattr as ListXattr, libc::lgetxattr as GetXattr),
+    };
     let mut names = vec![0u8; 65_536];
     // SAFETY: writes at most the vector's length.
-    let length = unsafe { libc::llistxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
+    let length = unsafe { list(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
     if length < 0 {
         let error = io::Error::last_os_error();
         return if error.raw_os_error() == Some(libc::EOPNOTSUPP) { Ok(Vec::new()) } else { Err(error) };
@@ -158,9 +174,7 @@ fn attributes(path: &Path) -> io::Result<Vec<Attribute>> {
         let c_name = CString::new(name)?;
         let mut value = vec![0u8; 65_536];
         // SAFETY: writes at most the vector's length.
-        let length = unsafe {
-            libc::lgetxattr(path.as_ptr(), c_name.as_ptr(), value.as_mut_ptr().cast(), value.len())
-        };
+        let length = unsafe { get(path.as_ptr(), c_name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
         if length < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -181,9 +195,8 @@ fn checked(path: &[u8]) -> Result<&Path> {
     }
 }
 
-/// Makes the files again, below an empty `root`.
-pub(crate) fn load(root: &OwnedFd, mountpoint: &str, input: &mut impl Read) -> Result<()> {
-    let base = base(root);
+/// Makes the files again, below the empty directory `base`; or a single file at `base`.
+pub(crate) fn load(base: &Path, mountpoint: &str, input: &mut impl Read) -> Result<()> {
     let mut directories = Vec::new();
     loop {
         let mut length = [0; 4];
@@ -203,7 +216,7 @@ pub(crate) fn load(root: &OwnedFd, mountpoint: &str, input: &mut impl Read) -> R
             HookError::invalid(format!("the files of {mountpoint} in the image: {error}"))
         })?;
         let relative = checked(&entry.path)?;
-        let path = below(&base, relative);
+        let path = below(base, relative);
         let shown = Path::new(mountpoint).join(relative);
         let failed = |error: io::Error| HookError::failed(format!("making {}", shown.display()), error);
         if entry.is_link {
@@ -304,7 +317,7 @@ mod tests {
         let mut stream = Vec::new();
         save(&open(&from), "/t", &maps, &mut stream).unwrap();
         assert!(stream.len() < 1 << 20, "holes are not stored");
-        load(&open(&to), "/t", &mut stream.as_slice()).unwrap();
+        load(&to, "/t", &mut stream.as_slice()).unwrap();
 
         for name in ["", "d", "d/e", "d/file", "again", "link", "sparse", "fifo"] {
             let stat = |base: &Path| {
@@ -322,9 +335,9 @@ mod tests {
             let entry = Entry { path: path.into(), mode: libc::S_IFDIR, ..Entry::default() };
             let mut bytes = (entry.encoded_len() as u32).to_le_bytes().to_vec();
             bytes.extend(entry.encode_to_vec());
-            assert!(load(&open(&to), "/t", &mut bytes.as_slice()).is_err());
+            assert!(load(&to, "/t", &mut bytes.as_slice()).is_err());
         }
-        assert!(load(&open(&to), "/t", &mut &stream[..stream.len() / 2]).is_err());
+        assert!(load(&to, "/t", &mut &stream[..stream.len() / 2]).is_err());
         fs::remove_dir_all(directory).unwrap();
     }
 }

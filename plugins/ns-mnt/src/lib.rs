@@ -1,10 +1,22 @@
-//! Mount namespaces: mount_namespaces(7). What the namespace has in common with stasis's own is left alone; only the
-//! difference is recorded and made again.
+//! Mount namespaces: mount_namespaces(7).
+//!
+//! A namespace whose root is that of stasis's own is a changed copy of it: what both have is left alone, the rest is made. One
+//! with another root (a container) is made as a whole. `types.rs` says what becomes of each type of file system,
+//! `plan.rs` where each mount comes from, `propagation.rs` which mounts tell which others of changes.
 
+mod compare;
 mod contents;
 mod dump;
+mod external;
+mod inside;
+mod kernel;
+mod make;
 mod mountinfo;
+mod plan;
+mod propagation;
+mod removed;
 mod restore;
+mod types;
 
 use stasis_plugin_api::{DumpedNamespace, Host, Namespace, NamespaceInfo, Result, export_plugin, register};
 
@@ -21,7 +33,7 @@ impl Namespace for Mnt {
     const CLONE_FLAG: u64 = libc::CLONE_NEWNS as u64;
 
     fn after(&self) -> Vec<&'static str> {
-        vec!["user", "net", "ipc"]
+        vec!["user", "net", "ipc", "cgroup"]
     }
 
     fn dump(&self, host: &Host<'_>, namespace: &NamespaceInfo) -> Result<DumpedNamespace<MountNamespace>> {
@@ -34,18 +46,26 @@ impl Namespace for Mnt {
 }
 
 register!(namespace: Mnt);
-export_plugin! { name: "ns-mnt", records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")) }
+export_plugin! {
+    name: "ns-mnt",
+    records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")),
+    options: [external::MAP, external::SHARING, external::MASTERS, external::ENABLE, external::ROOT],
+}
 
 #[cfg(test)]
 mod tests {
-    use super::{record::stasis::ns_mnt::v1::Class, *};
+    use super::*;
     use nix::{
         mount::{MsFlags, mount},
         sched::{CloneFlags, unshare},
         sys::wait::{WaitStatus, waitpid},
         unistd::{ForkResult, fork},
     };
-    use stasis_plugin_api::{namespace::IdMap, prost::Message, register::namespace, testing::FakeHost};
+    use stasis_plugin_api::{
+        prost::Message,
+        register::namespace,
+        testing::{FakeHost, Kit},
+    };
     use std::{fs, path::Path};
 
     /// Runs `f` in a child, in new namespaces; an error's text is shown.
@@ -94,34 +114,48 @@ mod tests {
                 .map_err(|e| e.to_string())?;
             mount(Some(&t.join("sub")), &etc, none, MsFlags::MS_BIND, none)
                 .map_err(|e| format!("bind: {e}"))?;
-            let theirs = fs::read_to_string("/proc/self/mountinfo").map_err(|e| e.to_string())?;
-            let theirs = mountinfo::parse(&theirs).map_err(|e| e.to_string())?;
-            let ours = mountinfo::parse(&ours).map_err(|e| e.to_string())?;
-            let mounts = dump::classify(&theirs, &ours).map_err(|e| e.to_string())?;
+            fs::write(t.join("bound"), "")
+                .and_then(|()| fs::write(t.join("gone"), "gone"))
+                .map_err(|e| e.to_string())?;
+            mount(Some(&t.join("gone")), &t.join("bound"), none, MsFlags::MS_BIND, none)
+                .map_err(|e| format!("bind: {e}"))?;
+            fs::remove_file(t.join("gone")).map_err(|e| e.to_string())?;
             let proc = fs::File::open("/proc/self").map_err(|e| e.to_string())?;
-            let index = mounts.iter().position(|mount| mount.class() == Class::Contents).ok_or("no tmpfs")?;
-            let tree = dump::open_tree(&proc, &theirs[index]).map_err(|e| e.to_string())?;
-            let maps = contents::Maps { uids: IdMap::parse("0 0 1"), gids: IdMap::parse("0 0 1") };
-            let mut blob = Vec::new();
-            contents::save(&tree, "t", &maps, &mut blob).map_err(|e| e.to_string())?;
-            let record = MountNamespace { mounts, id: index as u32 };
+            let kit = Kit::new();
+            let ours = mountinfo::parse(&ours).map_err(|e| e.to_string())?;
+            let spaces = [inside::Space { proc, ino: 0 }];
+            let mounts = kit.with_host(|host| dump::all(host, 5, &spaces, &ours));
+            let mounts = mounts.map_err(|e| e.to_string())?;
+            let record = MountNamespace { mounts, id: 5 };
             fs::write(&image, record.encode_to_vec()).map_err(|e| e.to_string())?;
-            fs::write(image.with_extension("blob"), blob).map_err(|e| e.to_string())
+            let blobs = kit.host.blobs.borrow();
+            blobs.iter().try_for_each(|(name, blob)| {
+                fs::write(directory.join(name.replace('/', "_")), blob).map_err(|e| e.to_string())
+            })
         });
         assert!(!t.join("file").exists());
         let record = fs::read(&image).unwrap();
-        let blob = fs::read(image.with_extension("blob")).unwrap();
-        let index = MountNamespace::decode(record.as_slice()).unwrap().id;
         in_child(flags, || {
             let host = FakeHost::default();
-            host.blobs.borrow_mut().insert(contents::blob(index, index as usize), blob);
+            for index in 0..200 {
+                for name in [contents::blob(5, index), contents::removed_blob(5, index)] {
+                    if let Ok(blob) = fs::read(directory.join(name.replace('/', "_"))) {
+                        host.blobs.borrow_mut().insert(name, blob);
+                    }
+                }
+            }
             let hook = namespace(Mnt);
             host.call(|host| hook.enter(host, record.as_slice().into()).into_result())
                 .map_err(|e| e.to_string())?;
             let kept = fs::read_to_string(t.join("file")).map_err(|e| e.to_string())?;
             let inside = Path::new(&t).join("sub/new");
             fs::write(etc.join("new"), "x").map_err(|e| e.to_string())?;
-            if kept == "kept" && inside.exists() { Ok(()) } else { Err("contents differ".into()) }
+            let gone = fs::read_to_string(t.join("bound")).map_err(|e| e.to_string())?;
+            if kept == "kept" && inside.exists() && gone == "gone" {
+                Ok(())
+            } else {
+                Err("contents differ".into())
+            }
         });
         fs::remove_dir_all(directory).unwrap();
     }

@@ -1,11 +1,12 @@
 //! proc_pid_mountinfo(5).
 
-use nix::mount::MsFlags;
 use stasis_plugin_api::{HookError, Result};
 
 /// One line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Line {
+    /// Position of its namespace among those of the tree.
+    pub namespace: usize,
     pub id: u32,
     pub parent: u32,
     pub dev: String,
@@ -45,6 +46,7 @@ fn line(text: &str) -> Option<Line> {
     let mut left = left.split(' ');
     let mut right = right.split(' ');
     Some(Line {
+        namespace: 0,
         id: left.next()?.parse().ok()?,
         parent: left.next()?.parse().ok()?,
         dev: left.next()?.to_owned(),
@@ -78,29 +80,50 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Line>> {
     Ok(ordered)
 }
 
-/// Options of a mount and their flags (mount(2)); what is missing here is refused.
+/// What the kernel appends to the root of a mount whose directory or file was removed (show_mountinfo, fs/proc_namespace.c).
+const REMOVED: &str = "//deleted";
+
+impl Line {
+    /// The root, and whether it was removed.
+    pub fn split_root(&self) -> (&str, bool) {
+        self.root.strip_suffix(REMOVED).map_or((self.root.as_str(), false), |root| (root, true))
+    }
+
+    /// The number of a tag such as `shared:N`, if there is one.
+    pub fn tag(&self, name: &str) -> Option<u32> {
+        self.propagation.iter().find_map(|tag| tag.strip_prefix(name)?.strip_prefix(':')?.parse().ok())
+    }
+
+    /// What a mount is called in messages.
+    pub fn label(&self) -> String {
+        format!("mount {} ({})", self.mountpoint, self.fstype)
+    }
+}
+
+/// Options of a mount and their flags (mount_setattr(2)); what is missing here is refused.
 #[rustfmt::skip]
-const FLAGS: &[(&str, MsFlags)] = &[
-    ("rw", MsFlags::empty()),
-    ("ro", MsFlags::MS_RDONLY),
-    ("nosuid", MsFlags::MS_NOSUID),
-    ("nodev", MsFlags::MS_NODEV),
-    ("noexec", MsFlags::MS_NOEXEC),
-    ("noatime", MsFlags::MS_NOATIME),
-    ("nodiratime", MsFlags::MS_NODIRATIME),
-    ("relatime", MsFlags::MS_RELATIME),
-    ("nosymfollow", MsFlags::from_bits_retain(256)),
+const FLAGS: &[(&str, u64)] = &[
+    ("rw", 0),
+    ("ro", libc::MOUNT_ATTR_RDONLY),
+    ("nosuid", libc::MOUNT_ATTR_NOSUID),
+    ("nodev", libc::MOUNT_ATTR_NODEV),
+    ("noexec", libc::MOUNT_ATTR_NOEXEC),
+    ("noatime", libc::MOUNT_ATTR_NOATIME),
+    ("nodiratime", libc::MOUNT_ATTR_NODIRATIME),
+    ("relatime", libc::MOUNT_ATTR_RELATIME),
+    ("nosymfollow", libc::MOUNT_ATTR_NOSYMFOLLOW),
 ];
 
 /// The flags for the options of a mount, or the option that is not known.
-pub(crate) fn flags(options: &str) -> std::result::Result<MsFlags, &str> {
-    let mut flags = MsFlags::empty();
+pub(crate) fn flags(options: &str) -> std::result::Result<u64, &str> {
+    let mut flags = 0;
     for option in options.split(',') {
         flags |= FLAGS.iter().find(|(name, _)| *name == option).map(|(_, flag)| *flag).ok_or(option)?;
     }
     // Neither noatime nor relatime: every access counts.
-    if !flags.intersects(MsFlags::MS_NOATIME | MsFlags::MS_RELATIME) {
-        flags |= MsFlags::MS_STRICTATIME;
+    let atime = |option: &str| ["noatime", "relatime"].contains(&option);
+    if !options.split(',').any(atime) {
+        flags |= libc::MOUNT_ATTR_STRICTATIME;
     }
     Ok(flags)
 }
@@ -138,7 +161,9 @@ mod tests {
         assert_eq!(lines.iter().map(|line| line.id).collect::<Vec<_>>(), [27, 22, 40, 39]);
         assert_eq!(lines[1].mountpoint, "/a b");
         assert_eq!(lines[1].source, "my tmp");
-        assert_eq!(lines[1].propagation, ["shared:3", "master:1"]);
+        assert_eq!((lines[1].tag("shared"), lines[1].tag("master")), (Some(3), Some(1)));
+        let removed = parse("1 0 0:1 /a//deleted / rw - tmpfs tmpfs rw").unwrap();
+        assert_eq!((removed[0].split_root(), lines[1].split_root()), (("/a", true), ("/", false)));
         assert!(parse("garbage").is_err());
         assert_eq!(unescape("a\\9b\\"), "a\\9b\\");
         assert!(!parse(&std::fs::read_to_string("/proc/self/mountinfo").unwrap()).unwrap().is_empty());
@@ -146,8 +171,8 @@ mod tests {
 
     #[test]
     fn options_are_flags() {
-        assert_eq!(flags("rw,nosuid,relatime"), Ok(MsFlags::MS_NOSUID | MsFlags::MS_RELATIME));
-        assert_eq!(flags("ro"), Ok(MsFlags::MS_RDONLY | MsFlags::MS_STRICTATIME));
+        assert_eq!(flags("rw,nosuid,relatime"), Ok(libc::MOUNT_ATTR_NOSUID));
+        assert_eq!(flags("ro"), Ok(libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_STRICTATIME));
         assert_eq!(flags("rw,idmapped"), Err("idmapped"));
     }
 

@@ -199,6 +199,12 @@ workloads! {
     ns_names: "host and domain name of a UTS namespace";
     ns_clocks: "clocks of a time namespace";
     ns_mounts: "proc, tmpfs with content and bind mounts";
+    mnt_tmpfs: "tmpfs with every kind of file, limits, a part of one";
+    mnt_groups: "propagation: shared, slave, both, unbindable; bind mounts of what was removed; overmounts";
+    mnt_flags: "per-mount flags; files on all of them";
+    mnt_kinds: "overlay, mqueue, sysfs, devpts, hugetlbfs, binfmt_misc and others";
+    mnt_pivot: "a root of its own by pivot_root, with a chroot inside";
+    mnt_root: "a tmpfs as root, without proc";
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
     mixture: "many behaviours in one tree";
     stress: "a random mixture in fifty tasks", apart;
