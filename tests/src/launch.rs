@@ -12,6 +12,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, chdir, execv, setresgid, setresuid, setsid};
 
+use crate::sandbox::bring_loopback_up;
 use crate::sys::{self, cvt_long};
 
 /// Where a tree lives.
@@ -19,14 +20,15 @@ use crate::sys::{self, cvt_long};
 pub enum Flavour {
     /// In the namespaces of the harness' sandbox.
     Host,
-    /// In fresh pid, mount, IPC and UTS namespaces, with a proc of its own.
+    /// In fresh pid, mount, IPC, UTS and network namespaces, with a proc of its own and `lo` up.
     Ns,
     /// As `Ns`, and in a user namespace besides.
     User,
 }
 
 /// The namespaces of [`Flavour::Ns`].
-const FRESH: i32 = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+const FRESH: i32 =
+    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWNET;
 
 /// Exit status of a root task that did not get as far as execve(2).
 const NOT_STARTED: i32 = 112;
@@ -126,6 +128,7 @@ fn become_root_task(flavour: Flavour, command: &[&str], dir: &Path) -> io::Error
         }
         if flavour != Flavour::Host {
             own_mounts()?;
+            bring_loopback_up();
         }
         setsid()?;
         let open =

@@ -97,7 +97,7 @@ fn code_of(status: WaitStatus) -> i32 {
 }
 
 /// A fresh network namespace has its `lo` down. Failure only matters to workloads with sockets, which say so.
-fn bring_loopback_up() {
+pub fn bring_loopback_up() {
     // SAFETY: SIOCSIFFLAGS takes an ifreq (netdevice(7)), which lives through the call.
     unsafe {
         let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);

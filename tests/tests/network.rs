@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use stasis_tests::launch::Flavour;
 use stasis_tests::net;
-use stasis_tests::scenario::{Doing, Failure, Stage};
+use stasis_tests::scenario::{self, Doing, Failure, Stage};
 use stasis_tests::suite::{self, Test};
 use stasis_tests::tool::{self, Done, Tool};
 use stasis_tests::workloads::{tcp_ended, tcp_many, tcp_server};
@@ -274,7 +274,12 @@ fn peer_gone(test: &str) -> Result<(), Failure> {
 
 /// In a user namespace that does not own its net namespace nobody can repair a connection: the dump says so.
 fn user_namespace(test: &str) -> Result<(), Failure> {
-    let case = Case::start(test, "tcp_server", Flavour::User)?;
+    let dir = Stage::fresh_dir(test)?;
+    let workload = scenario::workload_binary().doing("copying the workload binary")?;
+    let (binary, place) = (workload.display().to_string(), dir.display().to_string());
+    let command = ["/usr/bin/unshare", "--user", "--map-root-user", &binary, "tcp_server", &place];
+    let stage = Stage::start_command(&dir, Flavour::Host, &command, PATIENCE)?;
+    let case = Case { stage, tool: Tool::discover().doing("finding the tool")? };
     let mut client = client()?;
     echo(&mut client, "before")?;
     case.refuses("refused", &[KEEP], &["user namespace", "--tcp-close"])?;

@@ -42,8 +42,6 @@ const SKIPPED: &[(&str, Option<Flavour>, Option<Variant>, &str)] = &[
     ("pty_data", None, Some(Variant::Running), "unread data are kept only if the tree is killed"),
     ("pty_data", None, Some(Variant::NoCow), "unread data are kept only if the tree is killed"),
     ("pty_data", None, Some(Variant::Stopped), "unread data are kept only if the tree is killed"),
-    ("tcp_connected", Some(Flavour::User), None, "refused by name: TCP_REPAIR needs CAP_NET_ADMIN there"),
-    ("tcp_states", Some(Flavour::User), None, "refused by name: TCP_REPAIR needs CAP_NET_ADMIN there"),
     (
         "tcp_states",
         None,

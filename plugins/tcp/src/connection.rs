@@ -43,6 +43,7 @@ pub(crate) fn dump(
         let why = "it was connected just while the tree was being frozen";
         return Err(HookError::unsupported(label, why, "try again"));
     }
+    let inside = lock::is_inside(handle.ino)?;
     let failed = |what: &'static str| move |error| HookError::failed(what, error);
     let get = |name| socket::get_int(fd, libc::SOL_SOCKET, name).map_err(failed("reading an option"));
     let (reuse, peek_offset) = (get(libc::SO_REUSEADDR)?, get(libc::SO_PEEK_OFF).unwrap_or(-1));
@@ -103,12 +104,14 @@ pub(crate) fn dump(
         receive_scale: info.receive_scale,
         timestamp: kernel::timestamp(fd)?,
         window: Some(kernel::window(fd)?),
+        inside,
     });
     let locked = Locked {
         handle: handle.id,
         local: record.local.clone(),
         peer: record.peer.clone(),
         reuse_address: reuse != 0,
+        inside,
     };
     let list = locked.encode_length_delimited_to_vec();
     host.blob_writer(lock::CONNECTIONS).write_all(&list).map_err(failed("writing the list of connections"))
@@ -140,6 +143,9 @@ pub(crate) fn create(
     if !state::CONNECTED.contains(&connection.state) {
         return Err(HookError::invalid(format!("{} is no state of a connection", connection.state)));
     }
+    if connection.inside {
+        lock::lock_inside(host)?;
+    }
     kernel::set_repair(fd, kernel::REPAIR_ON)?;
     options::write(fd, tables(record.domain, Shape::Connected), &saved(record))?;
     bind(fd, &record.local)?;
@@ -150,8 +156,14 @@ pub(crate) fn create(
             .remedy("give this machine a route to the peer first")
     })?;
     kernel::set_negotiated(fd, connection)?;
-    for (name, what) in [(libc::SO_RCVBUFFORCE, "SO_RCVBUFFORCE"), (libc::SO_SNDBUFFORCE, "SO_SNDBUFFORCE")] {
-        socket::set_int(fd, libc::SOL_SOCKET, name, WIDE).map_err(|error| HookError::failed(what, error))?;
+    // Only a power over the whole machine gives more room than net.core.rmem_max and wmem_max.
+    let room = [
+        (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, "SO_RCVBUF"),
+        (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, "SO_SNDBUF"),
+    ];
+    for (force, ask, what) in room {
+        let set = |name| socket::set_int(fd, libc::SOL_SOCKET, name, WIDE);
+        set(force).or_else(|_| set(ask)).map_err(|error| HookError::failed(what, error))?;
     }
     Filling { host, object, record, connection, fd }.fill()?;
     // The room that was made for the queues is given back.

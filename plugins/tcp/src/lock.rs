@@ -4,6 +4,8 @@
 //! During a dump, and during a restore, it is a table of nf_tables that goes with its netlink socket: the guardian holds
 //! that of the dump, and closes it when the connections are as they were. Just before the tree is killed a second table
 //! is made that stays; the restore removes it, whether it succeeds or not, or `stasis unlock`.
+//!
+//! Each net namespace has its own. One that is made anew gets a table from the first task that makes a connection in it.
 
 use crate::{CLOSE, ESTABLISHED, kernel, nft, record::stasis::tcp::v1::Locked};
 use stasis_plugin_api::{
@@ -12,14 +14,17 @@ use stasis_plugin_api::{
     socket::{self, inject::Path},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{self, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
 };
 
 /// Blobs: the name of the table, and the connections.
@@ -82,6 +87,12 @@ pub(crate) fn covers(ino: u64) -> bool {
     !state.owners.is_empty() && state.connections.contains_key(&ino)
 }
 
+/// Whether a socket is in another net namespace than this process.
+pub(crate) fn is_inside(ino: u64) -> Result<bool> {
+    let own = own_namespace().map_err(failed)?;
+    Ok(state().connections.get(&ino).is_some_and(|(namespace, _)| *namespace != own))
+}
+
 fn failed(error: io::Error) -> HookError {
     HookError::failed("the network lock (nf_tables)", error)
         .remedy("needs CAP_NET_ADMIN and a kernel with nf_tables; or end the connections with --tcp-close")
@@ -116,21 +127,21 @@ impl State {
         Ok(())
     }
 
-    /// The tree is about to be killed: a table that stays. Another namespace goes with the tree.
+    /// The tree is about to be killed: a table that stays, in each namespace. One of the tree's own goes with it, but some time
+    /// after its last task.
     fn keep(&mut self, host: &Host<'_>) -> Result<()> {
         // Asked for each connection, done once.
         if self.kept || self.connections.is_empty() {
             return Ok(());
         }
         self.kept = true;
-        let paths = self.paths(own_namespace().map_err(failed)?);
-        if paths.is_empty() {
-            return Ok(());
-        }
-        let netlink = nft::open().map_err(failed)?;
         let table = kept(&self.table);
-        host.undo(netlink.as_fd(), &[UndoStep::Write(nft::unlock(&table).as_slice().into())])?;
-        nft::send(&netlink, &nft::lock(&table, &paths, false)).map_err(failed)
+        for (number, namespace) in &self.namespaces {
+            let netlink = socket::in_namespace(namespace, nft::open).map_err(failed)?;
+            host.undo(netlink.as_fd(), &[UndoStep::Write(nft::unlock(&table).as_slice().into())])?;
+            nft::send(&netlink, &nft::lock(&table, &self.paths(*number), false)).map_err(failed)?;
+        }
+        Ok(())
     }
 }
 
@@ -158,17 +169,51 @@ pub(crate) fn connections(host: &Host<'_>) -> Result<Vec<Locked>> {
     Ok(list)
 }
 
-/// Removes the table that the dump has left, if it is still there.
-fn lift_kept(host: &Host<'_>) -> Result<()> {
+/// The name that the dump gave to its table; none if it had no connections.
+fn name(host: &Host<'_>) -> Result<Option<String>> {
     let mut table = String::new();
     let read = host.blob_reader(NAME).take(64).read_to_string(&mut table);
     read.map_err(|error| HookError::failed("reading the name of the lock", error))?;
     let valid = |name: &str| name.bytes().all(|byte| byte.is_ascii_hexdigit());
-    if !table.strip_prefix("stasis-").is_some_and(valid) {
+    Ok(table.strip_prefix("stasis-").is_some_and(valid).then_some(table))
+}
+
+/// Removes a table, if it is there.
+fn remove(netlink: &OwnedFd, table: &str) -> Result<()> {
+    match nft::send(netlink, &nft::unlock(table)) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(failed(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the table that the dump has left, if it is still there.
+fn lift_kept(host: &Host<'_>) -> Result<()> {
+    match name(host)? {
+        Some(table) => remove(&nft::open().map_err(failed)?, &kept(&table)),
+        None => Ok(()),
+    }
+}
+
+/// The table in a namespace that this restore has made.
+fn inner(table: &str) -> String {
+    format!("{table}-inner")
+}
+
+/// Before a connection is made in a namespace of the tree's own: what it sends, and what comes, waits until all are there. It goes
+/// with the namespace if the restore fails.
+pub(crate) fn lock_inside(host: &Host<'_>) -> Result<()> {
+    static DONE: AtomicI32 = AtomicI32::new(0);
+    // A fork knows it, too; what another task has done is seen at the table.
+    if DONE.swap(1, Ordering::Relaxed) != 0 {
         return Ok(());
     }
-    match nft::open().and_then(|netlink| nft::send(&netlink, &nft::unlock(&kept(&table)))) {
-        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(failed(error)),
+    let table = name(host)?.ok_or_else(|| HookError::invalid("connections without a lock"))?;
+    let list = connections(host)?;
+    let inside = list.iter().filter(|one| one.inside);
+    let paths: Vec<Path> = inside.filter_map(|one| directions(&one.local, &one.peer)).flatten().collect();
+    let netlink = nft::open().map_err(failed)?;
+    match nft::send(&netlink, &nft::lock(&inner(&table), &paths, false)) {
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(failed(error)),
         _ => Ok(()),
     }
 }
@@ -179,8 +224,12 @@ fn lock_for_restore(host: &Host<'_>) -> Result<()> {
     if list.is_empty() || host.has_option(CLOSE) {
         return Ok(());
     }
-    let paths: Vec<Path> =
-        list.iter().filter_map(|one| directions(&one.local, &one.peer)).flatten().collect();
+    // Those of other namespaces, with the same addresses, are none of ours.
+    let here = list.iter().filter(|one| !one.inside);
+    let paths: Vec<Path> = here.filter_map(|one| directions(&one.local, &one.peer)).flatten().collect();
+    if paths.is_empty() {
+        return Ok(());
+    }
     let table = format!("stasis-restore-{}", std::process::id());
     let netlink = nft::open().map_err(failed)?;
     nft::send(&netlink, &nft::lock(&table, &paths, true)).map_err(failed)?;
@@ -195,13 +244,37 @@ fn release(host: &Host<'_>) -> Result<()> {
     if host.has_option(CLOSE) {
         return Ok(());
     }
-    for connection in connections(host)? {
-        if host.handle(connection.handle).is_none_or(|handle| handle.holders.is_empty()) {
-            // In flight inside another socket's queue: `settle` has done it.
-            continue;
+    let list = connections(host)?;
+    let open = |connection: &Locked| {
+        // In flight inside another socket's queue: `settle` has done it.
+        let held = host.handle(connection.handle).is_some_and(|handle| !handle.holders.is_empty());
+        held.then(|| host.open_handle(connection.handle)).transpose()
+    };
+    lift_inside(host, &list, open)?;
+    for connection in &list {
+        if let Some(fd) = open(connection)? {
+            kernel::leave_repair(fd.as_fd(), kernel::REPAIR_OFF, connection.reuse_address)?;
         }
-        let fd = host.open_handle(connection.handle)?;
-        kernel::leave_repair(fd.as_fd(), kernel::REPAIR_OFF, connection.reuse_address)?;
+    }
+    Ok(())
+}
+
+/// Lifts the locks in namespaces of the tree's own: that of the restore, and that of the dump if it was only entered.
+fn lift_inside(
+    host: &Host<'_>,
+    list: &[Locked],
+    open: impl Fn(&Locked) -> Result<Option<OwnedFd>>,
+) -> Result<()> {
+    let Some(table) = name(host)? else { return Ok(()) };
+    let mut lifted = BTreeSet::new();
+    for connection in list.iter().filter(|connection| connection.inside) {
+        let Some(fd) = open(connection)? else { continue };
+        let namespace = socket::namespace(fd.as_fd())?;
+        if lifted.insert(namespace.metadata().map_err(failed)?.ino()) {
+            let netlink = socket::in_namespace(&namespace, nft::open).map_err(failed)?;
+            remove(&netlink, &inner(&table))?;
+            remove(&netlink, &kept(&table))?;
+        }
     }
     Ok(())
 }
@@ -248,7 +321,8 @@ mod tests {
 
     #[test]
     fn the_list_of_connections_is_read_back_and_a_damaged_one_refused() {
-        let one = Locked { handle: 7, local: vec![1; 16], peer: vec![2; 16], reuse_address: true };
+        let one =
+            Locked { handle: 7, local: vec![1; 16], peer: vec![2; 16], reuse_address: true, inside: true };
         let two = Locked { handle: 8, ..Locked::default() };
         let bytes = [&one, &two].map(|locked| locked.encode_length_delimited_to_vec()).concat();
         let read = |bytes: &[u8]| with_blob(CONNECTIONS, bytes).with_host(connections);

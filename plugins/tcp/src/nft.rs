@@ -44,9 +44,15 @@ const FAMILIES: [Family; 2] = [
 /// A socket to nf_tables, in the network namespace of the calling thread.
 pub(crate) fn open() -> io::Result<OwnedFd> {
     let fd = socket::socket(libc::AF_NETLINK, libc::SOCK_RAW, NETLINK_NETFILTER)?;
-    // One message must hold a batch for ten thousand connections.
-    socket::set_int(fd.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 64 << 20)?;
-    socket::set_int(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 16 << 20)?;
+    // One message must hold a batch for ten thousand connections. Inside a user namespace there is less room.
+    let room = [
+        (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, 64 << 20),
+        (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, 16 << 20),
+    ];
+    for (force, ask, bytes) in room {
+        let set = |name| socket::set_int(fd.as_fd(), libc::SOL_SOCKET, name, bytes);
+        set(force).or_else(|_| set(ask))?;
+    }
     Ok(fd)
 }
 
@@ -171,7 +177,12 @@ impl Batch {
     }
 
     fn message(&mut self, kind: u16, parts: &[Vec<u8>]) {
-        let creates = if kind == DELETE_TABLE { 0 } else { libc::NLM_F_CREATE };
+        let creates = match kind {
+            DELETE_TABLE => 0,
+            // Nobody adds to a table that is there already.
+            NEW_TABLE => libc::NLM_F_CREATE | libc::NLM_F_EXCL,
+            _ => libc::NLM_F_CREATE,
+        };
         self.append(kind, libc::NLM_F_ACK | creates, [NFPROTO_INET, 0, 0, 0], &parts.concat());
     }
 

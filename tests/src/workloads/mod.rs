@@ -172,6 +172,7 @@ workloads! {
     tcp_server: "an echo server whose clients are outside the tree", guest;
     tcp_ended: "connections that end with the dump, and a listener", guest;
     aio: "rings of asynchronous I/O with finished requests";
+    net_namespace: "a net namespace: devices, addresses, routes, rules, neighbours, settings";
     netlink: "netlink sockets with ports, groups and options";
     raw_sockets: "raw sockets and echo requests";
     packet_sockets: "packet sockets with memberships, options and interfaces";
