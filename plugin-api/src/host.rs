@@ -131,8 +131,8 @@ impl<'a> Host<'a> {
 
     /// Has the guardian keep a duplicate of `fd`, and do these steps with it before the tree runs on: after a dump that
     /// leaves it running, fails, or is killed. What was asked for last is done first; an error of a step is
-    /// no reason to stop. If the tree is killed the duplicate is closed when it is gone, and nothing is done. No
-    /// steps: only the close, which comes before the tree runs on.
+    /// no reason to stop. If the tree is killed the duplicate is closed when it is gone, and nothing is done (but see
+    /// [`UndoStep::WriteWhenKilled`]). No steps: only the close, which comes before the tree runs on.
     ///
     /// On restore (in lifecycle hooks and [`Namespace::prepare`](crate::Namespace::prepare)): the steps are done when a restore has failed or
     /// was killed, after its tasks are gone, and dropped when the tree runs.

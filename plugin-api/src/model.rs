@@ -423,4 +423,7 @@ pub enum UndoStep {
     /// unlinkat(2) with `AT_REMOVEDIR` of this name in the directory; a directory that is in use by processes that are just
     /// ending is tried again for a moment.
     RemoveDirectory(RString),
+    /// The other way round: write(2) of these bytes, once, if the tree is killed, when all its tasks are gone and before any descriptor is
+    /// closed. Nothing if it runs on.
+    WriteWhenKilled(RVec<u8>),
 }

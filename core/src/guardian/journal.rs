@@ -127,6 +127,18 @@ impl Journal {
         }
     }
 
+    /// The tree is gone: what plugins asked for in that case, the last first. Nothing is left to be undone.
+    pub fn tree_was_killed(&mut self) {
+        for (fd, steps) in self.undo.iter().rev() {
+            for step in steps {
+                if let UndoStep::WriteWhenKilled(data) = step {
+                    write(fd, data);
+                }
+            }
+        }
+        self.undo.clear();
+    }
+
     /// Does what plugins asked for, the last first. A step that fails has nobody to tell.
     pub fn undo_steps(&mut self) {
         while let Some((fd, steps)) = self.undo.pop() {
@@ -139,15 +151,19 @@ impl Journal {
                             libc::setsockopt(fd.as_raw_fd(), *level, *name, value.as_ptr().cast(), length)
                         };
                     }
-                    UndoStep::Write(data) => {
-                        // SAFETY: likewise.
-                        unsafe { libc::write(fd.as_raw_fd(), data.as_ptr().cast(), data.len()) };
-                    }
+                    UndoStep::Write(data) => write(&fd, data),
                     UndoStep::RemoveDirectory(name) => remove_directory(&fd, name),
+                    UndoStep::WriteWhenKilled(_) => {}
                 }
             }
         }
     }
+}
+
+/// What nobody answers for.
+fn write(fd: &OwnedFd, data: &[u8]) {
+    // SAFETY: the kernel reads a slice that outlives the call.
+    unsafe { libc::write(fd.as_raw_fd(), data.as_ptr().cast(), data.len()) };
 }
 
 /// How long a directory may be in use by processes that are on their way out.

@@ -288,6 +288,8 @@ pub enum UndoStep {
     Write(Bytes),
     /// unlinkat(2) with AT_REMOVEDIR, tried again while it is busy.
     RemoveDirectory(String),
+    /// write(2), when the tree was killed.
+    WriteWhenKilled(Bytes),
 }
 
 impl From<&stasis_plugin_api::UndoStep> for UndoStep {
@@ -299,6 +301,7 @@ impl From<&stasis_plugin_api::UndoStep> for UndoStep {
             }
             Wanted::Write(data) => Self::Write(Bytes(data.to_vec())),
             Wanted::RemoveDirectory(name) => Self::RemoveDirectory(name.to_string()),
+            Wanted::WriteWhenKilled(data) => Self::WriteWhenKilled(Bytes(data.to_vec())),
         }
     }
 }

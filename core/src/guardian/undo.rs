@@ -212,7 +212,7 @@ pub fn finish(
         Outcome::Kill => {
             let pids: Vec<i32> = tree.processes.keys().copied().collect();
             let result = kill(tree, waiter);
-            journal.undo.clear();
+            journal.tree_was_killed();
             refreeze(journal);
             result.and_then(|()| wait_until_gone(&pids, waiter))
         }

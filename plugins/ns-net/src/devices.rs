@@ -253,6 +253,11 @@ pub(crate) fn by_name(netlink: &mut Netlink, name: &str) -> Answer<Option<Listed
     Ok(Listed::new(&netlink.get(GET_LINK, &body)?))
 }
 
+/// The whole message that removes a device.
+pub(crate) fn deletion(index: u32) -> Vec<u8> {
+    netlink::message(DELETE_LINK, netlink_packet_core::NLM_F_REQUEST, 0, &header(index, 0, 0))
+}
+
 /// Removes a device.
 pub(crate) fn delete(netlink: &mut Netlink, index: u32) -> Answer<()> {
     netlink.request(DELETE_LINK, 0, &header(index, 0, 0))
@@ -337,7 +342,9 @@ pub(crate) fn settle(netlink: &mut Netlink, device: &Device) -> Result<()> {
         }
     }
     let data = find_nested(&find_nested(&present.attributes, link::INFO), INFO_DATA);
-    for setting in difference(&device.data, &data) {
+    let changeable = named(&device.kind).map_or(&[][..], |kind| kind.data);
+    let wanted = difference(&device.data, &data).into_iter();
+    for setting in wanted.filter(|setting| changeable.contains(&kind(setting))) {
         let what = format!("setting {} {} of network device {name}", device.kind, kind(&setting));
         let info = [string(INFO_KIND, &device.kind), nested(INFO_DATA, &[setting])];
         change_info(netlink, device.index, &info).map_err(|refusal| refusal.into_hook(what))?;

@@ -1,13 +1,14 @@
 //! From a namespace to its record, by a thread that has entered it.
 
 use crate::{
-    EMPTY, devices, external,
+    EMPTY, devices, external, netfilter,
     netlink::{Netlink, attribute, emit, find_number, parse},
     record::stasis::ns_net::v1::{Device, NetNamespace},
     refusals, sysctls,
     tables::{self, TABLES},
+    tun,
 };
-use stasis_plugin_api::{DumpedNamespace, HookError, Host, NamespaceInfo, Result, namespace};
+use stasis_plugin_api::{DumpedNamespace, HookError, Host, NamespaceInfo, Result, UndoStep, namespace};
 use std::{fs::File, os::fd::AsRawFd};
 
 /// RTM_GETNSID, NETNSA_NSID, NETNSA_FD: linux/net_namespace.h.
@@ -27,7 +28,11 @@ pub(crate) fn dump(host: &Host<'_>, info: &NamespaceInfo) -> Result<DumpedNamesp
             let ours = ours.map_err(|error| HookError::failed("opening a network namespace", error))?;
             let mut outside = open()?;
             let proc = namespace::member(host, info)?;
-            namespace::within(&proc, "net", || read(info.ino, &ours, &mut outside))?
+            let (record, inside) = namespace::within(&proc, "net", || read(info.ino, &ours, &mut outside))?;
+            if host.ends_tree() && !host.is_dry_run() {
+                cut_off(host, &record, &inside)?;
+            }
+            record
         }
     };
     Ok(DumpedNamespace { record, version: 1 })
@@ -38,13 +43,14 @@ fn open() -> Result<Netlink> {
 }
 
 /// Everything of the namespace of this thread. `ours` is that of stasis, and `outside` talks to it.
-fn read(ino: u64, ours: &File, outside: &mut Netlink) -> Result<NetNamespace> {
+fn read(ino: u64, ours: &File, outside: &mut Netlink) -> Result<(NetNamespace, Netlink)> {
     refusals::check(ino)?;
     let mut netlink = open()?;
     let number = number_of(&mut netlink, ours)?;
     let mut devices = Vec::new();
     for listed in devices::list(&mut netlink)? {
         let mut device = listed.record()?;
+        tun::check(&device, ino)?;
         if let Some(namespace) = listed.lower_namespace() {
             let known = number == Some(namespace);
             device.outside = Some(match known {
@@ -55,7 +61,25 @@ fn read(ino: u64, ours: &File, outside: &mut Netlink) -> Result<NetNamespace> {
         devices.push(device);
     }
     let tables = TABLES.iter().map(|table| table.save(&mut netlink)).collect::<Result<_>>()?;
-    Ok(NetNamespace { sysctls: sysctls::read()?, devices, tables, ..NetNamespace::default() })
+    let record = NetNamespace {
+        sysctls: sysctls::read()?,
+        devices,
+        tables,
+        rules: netfilter::read_rules()?,
+        connections: netfilter::read_connections()?,
+        ..NetNamespace::default()
+    };
+    Ok((record, netlink))
+}
+
+/// When the tree is killed its namespace lives on for a moment, then without the lock of connections: a packet would be answered by a
+/// reset. So what leads out goes first.
+fn cut_off(host: &Host<'_>, record: &NetNamespace, inside: &Netlink) -> Result<()> {
+    let leading_out = record.devices.iter().filter(|device| device.outside.is_some());
+    let steps: Vec<UndoStep> = leading_out
+        .map(|device| UndoStep::WriteWhenKilled(devices::deletion(device.index).as_slice().into()))
+        .collect();
+    if steps.is_empty() { Ok(()) } else { host.undo(inside.as_fd(), &steps) }
 }
 
 /// How this namespace calls the one of stasis, if it does.

@@ -4,6 +4,8 @@
 mod devices;
 mod dump;
 mod external;
+mod late;
+mod netfilter;
 mod netlink;
 mod refusals;
 mod restore;
@@ -50,7 +52,8 @@ impl Namespace for Net {
 }
 
 register!(namespace: Net);
-register!(lifecycle: restore::Connecting);
+register!(descriptor: tun::Tuns);
+register!(lifecycle: late::Connecting);
 export_plugin! {
     name: "ns-net",
     records: include_bytes!(concat!(env!("OUT_DIR"), "/records.bin")),

@@ -6,8 +6,11 @@ use netlink_packet_core::{
     NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, Nla, NlasIterator, Parseable,
 };
 use netlink_sys::{Socket, SocketAddr};
-use stasis_plugin_api::HookError;
-use std::{fmt, io};
+use stasis_plugin_api::{HookError, socket};
+use std::{
+    fmt, io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
 
 /// Bytes of `nlmsghdr`.
 const HEADER: usize = 16;
@@ -15,6 +18,8 @@ const HEADER: usize = 16;
 const ATTEMPTS: usize = 20;
 /// `NLMSGERR_ATTR_MSG`: what the kernel says about an error.
 const ERROR_TEXT: u16 = 1;
+/// For a batch and its answers.
+const ROOM: i32 = 64 << 20;
 /// No attribute is longer: its length, with its header, is 16 bits wide.
 const LONGEST: usize = u16::MAX as usize - 4;
 
@@ -104,6 +109,38 @@ impl Netlink {
             }
         }
         Err(io::Error::from_raw_os_error(libc::EINTR).into())
+    }
+
+    /// Sends several messages at once, of which the kernel carries out all or none.
+    pub fn batch(&self, messages: &[u8]) -> Answer<()> {
+        let fd = self.as_fd();
+        for name in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
+            socket::set_int(fd, libc::SOL_SOCKET, name, ROOM)?;
+        }
+        self.socket.send(messages, 0)?;
+        // All answers are there when the call returns.
+        self.socket.set_non_blocking(true)?;
+        loop {
+            let bytes = match self.socket.recv_from_full() {
+                Ok((bytes, _)) => bytes,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            let mut rest = bytes.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkBuffer::new_checked(rest).map_err(|_| malformed())?;
+                if message.message_type() == NLMSG_ERROR {
+                    end(message.payload(), message.flags())?;
+                }
+                rest = rest.get((message.length() as usize).next_multiple_of(4)..).unwrap_or_default();
+            }
+        }
+    }
+
+    /// The descriptor, for those who keep it.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the socket lives as long as what borrows it.
+        unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
     }
 
     /// Reads up to the end of an answer; false if what was listed has changed meanwhile.

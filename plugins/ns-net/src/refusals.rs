@@ -16,7 +16,7 @@ struct Refused {
     remedy: &'static str,
 }
 
-const REFUSED: [Refused; 6] = [
+const REFUSED: [Refused; 7] = [
     Refused { name: "IPsec associations", found: || xfrm(0x12), remedy: "remove them (ip xfrm state flush)" },
     Refused { name: "IPsec policies", found: || xfrm(0x15), remedy: "remove them (ip xfrm policy flush)" },
     Refused {
@@ -33,6 +33,11 @@ const REFUSED: [Refused; 6] = [
         name: "iptables (legacy) tables",
         found: xtables,
         remedy: "use iptables-nft instead, or remove the tables with their namespace",
+    },
+    Refused {
+        name: "expected connections (of helpers, for FTP and the like)",
+        found: crate::netfilter::expectations,
+        remedy: "let the connections be made, or forget them (conntrack -F expect)",
     },
     Refused { name: "sets of ipset", found: ipset, remedy: "destroy them (ipset destroy)" },
 ];

@@ -1,20 +1,21 @@
 //! Fills the new namespace, from outside, while its first task waits: with our own powers, through our own /proc, and before
-//! there is anybody inside who could see it half done. What leads out of it is connected last.
+//! there is anybody inside who could see it half done. What leads out of it is connected last ([`late`]).
 
 use crate::{
     EMPTY, JOIN,
     devices::{self, Other, Relation, link},
     external::{self, External},
-    netlink::{Answer, Netlink, Refusal, kind, word},
-    record::stasis::ns_net::v1::{Attribute, Device, Entry, NetNamespace, Outside},
-    sysctls, tables,
+    late::{self, End},
+    netlink::{Answer, Netlink, Refusal, kind},
+    record::stasis::ns_net::v1::{Attribute, Device, NetNamespace, Outside},
+    sysctls, tables, tun,
 };
-use stasis_plugin_api::{Event, HookError, Host, Lifecycle, Result, namespace};
+use stasis_plugin_api::{HookError, Host, Result, namespace};
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fs::File,
     os::fd::{AsRawFd, OwnedFd},
-    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -22,16 +23,6 @@ use std::{
 const UP: u32 = 1;
 /// How long a device of the same name may take to go, with a namespace that has just ended.
 const GOING: Duration = Duration::from_secs(5);
-
-/// The outer end of a pair that is connected when everything inside is in place.
-struct End {
-    index: u32,
-    name: String,
-    bridge: Option<u32>,
-    addresses: Vec<Entry>,
-}
-
-static ENDS: Mutex<Vec<End>> = Mutex::new(Vec::new());
 
 /// What becomes of the namespace.
 enum Fate<'a> {
@@ -106,8 +97,18 @@ pub(crate) fn prepare(host: &Host<'_>, record: &NetNamespace, host_pid: i32) -> 
     let outer = Netlink::route().map_err(|error| HookError::failed("opening rtnetlink", error))?;
     namespace::within(&proc, "net", || {
         let inner = Netlink::route().map_err(|error| HookError::failed("opening rtnetlink", error))?;
-        Filling { record, externals: &externals, inner, outer, inside: &inside, ours: &ours }.fill()
-    })
+        Filling {
+            record,
+            externals: &externals,
+            inner,
+            outer,
+            inside: &inside,
+            ours: &ours,
+            tuns: Vec::new(),
+        }
+        .fill()
+    })?;
+    late::note_inside(&inside, record)
 }
 
 struct Filling<'a> {
@@ -118,17 +119,19 @@ struct Filling<'a> {
     /// The new namespace, and that of stasis.
     inside: &'a File,
     ours: &'a File,
+    /// What gives devices a carrier while addresses are made.
+    tuns: Vec<File>,
 }
 
 impl<'a> Filling<'a> {
     fn fill(mut self) -> Result<()> {
         let devices = self.make_devices()?;
         for device in &devices {
-            devices::settle(&mut self.inner, device)?;
+            devices::settle(&mut self.inner, &first(device))?;
         }
         sysctls::begin(&self.record.sysctls)?;
         for device in &devices {
-            devices::put_up(&mut self.inner, device)?;
+            devices::put_up(&mut self.inner, &first(device))?;
         }
         let up: Vec<u32> =
             devices.iter().filter(|device| device.flags & UP != 0).map(|device| device.index).collect();
@@ -177,7 +180,7 @@ impl<'a> Filling<'a> {
                 let name = self.other_name(device, outside)?;
                 let lower = self.find_outside(&name, device)?;
                 let other = Other::AboveFrom(self.inside.as_raw_fd(), lower);
-                devices::make(&mut self.outer, device, &other)
+                devices::make(&mut self.outer, &late::disguised(device), &other)
             }
             (Relation::Peer, None) => {
                 let peer = self.record.devices.iter().find(|other| other.index == device.lower);
@@ -188,7 +191,10 @@ impl<'a> Filling<'a> {
             }
             (Relation::Above, None) => devices::make(&mut self.inner, device, &Other::Above(device.lower)),
             (Relation::Alone, _) => devices::make(&mut self.inner, device, &Other::Nothing),
-            (Relation::Descriptor, _) => return crate::tun::make(device),
+            (Relation::Descriptor, _) => {
+                self.tuns.push(tun::make(device)?);
+                return Ok(());
+            }
         }
         .map_err(failed)
     }
@@ -238,7 +244,7 @@ impl<'a> Filling<'a> {
             if taken { error.remedy(remedy) } else { error }
         })?;
         let index = self.find_outside(&name, device)?;
-        ends().push(End { index, name: name.clone(), bridge, addresses: outside.addresses.clone() });
+        late::note(End { index, name: name.clone(), bridge, addresses: outside.addresses.clone() });
         let failed = |refusal: Refusal| refusal.into_hook(format!("setting up network device {name}"));
         for setting in settings.iter().filter(|setting| kind(setting) != link::ADDRESS) {
             devices::change(&mut self.outer, index, std::slice::from_ref(setting)).map_err(failed)?;
@@ -261,61 +267,14 @@ impl<'a> Filling<'a> {
     }
 }
 
+/// A device as it is until everything is in place.
+fn first(device: &Device) -> Cow<'_, Device> {
+    match late::is_live(device) {
+        true => Cow::Owned(late::disguised(device)),
+        false => Cow::Borrowed(device),
+    }
+}
+
 fn relation(device: &Device) -> Relation {
     devices::named(&device.kind).map_or(Relation::Alone, |kind| kind.relation)
-}
-
-fn ends() -> std::sync::MutexGuard<'static, Vec<End>> {
-    ENDS.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Connects what leads out, when all sockets are in place: nobody shall be told that there are none.
-fn connect() -> Result<()> {
-    let waiting = std::mem::take(&mut *ends());
-    if waiting.is_empty() {
-        return Ok(());
-    }
-    let mut netlink = Netlink::route().map_err(|error| HookError::failed("opening rtnetlink", error))?;
-    for end in waiting {
-        let failed = |refusal: Refusal| refusal.into_hook(format!("connecting network device {}", end.name));
-        if let Some(bridge) = end.bridge {
-            devices::change(&mut netlink, end.index, &[word(link::MASTER, bridge)]).map_err(failed)?;
-        }
-        if let Some(table) = tables::named("addresses") {
-            for address in end.addresses {
-                match table.make(&mut netlink, &table.moved(address, end.index)) {
-                    // The kernel has made one by itself, for example.
-                    Err(refusal) if refusal.errno() != libc::EEXIST => return Err(failed(refusal)),
-                    _ => {}
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// A restore that has failed: what was made outside goes at once, not some time after the namespace.
-fn disconnect() {
-    let Ok(mut netlink) = Netlink::route() else { return };
-    for end in std::mem::take(&mut *ends()) {
-        let _ = devices::delete(&mut netlink, end.index);
-    }
-}
-
-/// Its hooks.
-pub(crate) struct Connecting;
-
-impl Lifecycle for Connecting {
-    const KIND: &'static str = "network-devices";
-
-    fn event(&self, _: &Host<'_>, event: Event) -> Result<()> {
-        match event {
-            Event::Restored => connect(),
-            Event::Aborted => {
-                disconnect();
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
 }

@@ -185,6 +185,11 @@ impl Table {
         entry
     }
 
+    /// Whether it is what a device knows of others.
+    pub fn is_of_neighbours(&self) -> bool {
+        self.get == 30
+    }
+
     /// Makes one.
     pub fn make(&self, netlink: &mut Netlink, entry: &Entry) -> Answer<()> {
         netlink.request(self.new, self.flags, &body(entry))

@@ -170,9 +170,12 @@ workloads! {
     tcp_connected: "TCP connections: megabytes in their queues, half closed, IPv4, IPv6, mapped", flags("--tcp-established");
     tcp_states: "TCP connections in LAST_ACK, CLOSING, SYN_SENT", flags("--tcp-established");
     tcp_server: "an echo server whose clients are outside the tree", guest;
+    net_server: "an echo server in a net namespace that its test connects with its own", guest;
     tcp_ended: "connections that end with the dump, and a listener", guest;
     aio: "rings of asynchronous I/O with finished requests";
     net_namespace: "a net namespace: devices, addresses, routes, rules, neighbours, settings";
+    net_tun: "tun and tap devices with their descriptors";
+    net_rules: "rules of nf_tables, and a tracked connection", flags("--tcp-established");
     netlink: "netlink sockets with ports, groups and options";
     raw_sockets: "raw sockets and echo requests";
     packet_sockets: "packet sockets with memberships, options and interfaces";

@@ -114,7 +114,12 @@ fn list(arguments: &str) -> Outcome<Vec<String>> {
         }
         words.join(" ")
     };
-    Ok(text.lines().map(line).collect())
+    let mut lines: Vec<String> = text.lines().map(line).collect();
+    if arguments.starts_with("-6 route") {
+        // The kernel makes some of equal rank by itself, when it comes to it.
+        lines.sort();
+    }
+    Ok(lines)
 }
 
 fn settings(directory: &Path, found: &mut BTreeMap<String, Vec<u8>>) -> Outcome {

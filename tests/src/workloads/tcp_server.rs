@@ -17,13 +17,17 @@ fn serve(mut client: TcpStream) {
     }
 }
 
-/// Sets up, waits. What it did, its clients know.
-pub fn run(ctl: &Ctl) -> Outcome {
-    let listener = TcpListener::bind(("127.0.0.1", PORT))?;
+/// Accepts clients for as long as the process lives.
+pub fn serve_all(listener: TcpListener) {
     std::thread::spawn(move || {
         while let Ok((client, _)) = listener.accept() {
             std::thread::spawn(move || serve(client));
         }
     });
+}
+
+/// Sets up, waits. What it did, its clients know.
+pub fn run(ctl: &Ctl) -> Outcome {
+    serve_all(TcpListener::bind(("127.0.0.1", PORT))?);
     ctl.wait().map(drop)
 }
