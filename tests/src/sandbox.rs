@@ -56,7 +56,11 @@ fn enter_or_fail(body: impl FnOnce() -> i32) -> io::Result<i32> {
     if setsid().is_ok() {
         let _ = std::fs::write("/proc/self/autogroup", "-10");
     }
-    unshare(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
+    let own = CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC;
+    unshare(own)?;
     // SAFETY: one thread.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => Ok(code_of(waitpid(child, None)?)),

@@ -94,6 +94,17 @@ impl Registers {
         self.orig_rax = NO_SYSCALL;
     }
 
+    /// As they are in a system call that was made with these arguments; all else is 0.
+    pub fn in_syscall(number: u64, arguments: [u64; 6]) -> Self {
+        let [rdi, rsi, rdx, r10, r8, r9] = arguments;
+        Self { orig_rax: number, rdi, rsi, rdx, r10, r8, r9, ..Self::default() }
+    }
+
+    /// Another number of milliseconds for a wait of which [`timeout_of_uninterruptible_wait`] says that it has one.
+    pub fn set_milliseconds(&mut self, milliseconds: i32) {
+        self.r10 = milliseconds as u64;
+    }
+
     /// These registers, changed to make a system call by the instruction at `at`.
     pub fn for_syscall(&self, at: u64, number: u64, arguments: [u64; 6]) -> Self {
         let [rdi, rsi, rdx, r10, r8, r9] = arguments;
@@ -131,16 +142,44 @@ pub fn timeout_of_uninterruptible_wait(registers: &Registers) -> Option<Timeout>
     })
 }
 
-/// Calls on sockets, which return EINTR after a stop if the socket has a timeout (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
-pub fn may_wait_on_socket(registers: &Registers) -> bool {
-    // accept, accept4, connect, recvfrom, recvmsg, recvmmsg, sendto, sendmsg, sendmmsg
-    registers.syscall().is_some_and(|call| [43, 288, 42, 45, 47, 299, 44, 46, 307].contains(&call))
+/// Whether this is a wait for ready descriptors of fs/eventpoll.c.
+pub fn is_epoll_wait(call: u64) -> bool {
+    [232, 281, 441].contains(&call)
 }
 
-/// The same of calls that other kinds of files have too: the descriptor.
-pub fn may_wait_on_file(registers: &Registers) -> Option<u32> {
-    // read, write, readv, writev
-    registers.syscall().filter(|call| [0, 1, 19, 20].contains(call)).map(|_| registers.rdi as u32)
+/// A call that may wait on a socket, and so return EINTR after a stop if the socket has a timeout (socket(7), SO_RCVTIMEO and SO_SNDTIMEO).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SocketWait {
+    /// Its descriptor.
+    pub fd: u32,
+    /// By which of the two timeouts it waits: SO_SNDTIMEO, else SO_RCVTIMEO.
+    pub sends: bool,
+    /// Other kinds of files have this call, too.
+    pub of_any_file: bool,
+}
+
+/// Number, whether it sends, whether other kinds of files have it too.
+const SOCKET_WAITS: [(u64, bool, bool); 13] = [
+    (43, false, false),  // accept
+    (288, false, false), // accept4
+    (45, false, false),  // recvfrom
+    (47, false, false),  // recvmsg
+    (299, false, false), // recvmmsg
+    (42, true, false),   // connect
+    (44, true, false),   // sendto
+    (46, true, false),   // sendmsg
+    (307, true, false),  // sendmmsg
+    (0, false, true),    // read
+    (19, false, true),   // readv
+    (1, true, true),     // write
+    (20, true, true),    // writev
+];
+
+/// Whether the thread is in such a call.
+pub fn socket_wait(registers: &Registers) -> Option<SocketWait> {
+    let call = registers.syscall()?;
+    let &(_, sends, of_any_file) = SOCKET_WAITS.iter().find(|wait| wait.0 == call)?;
+    Some(SocketWait { fd: registers.rdi as u32, sends, of_any_file })
 }
 
 /// How long a call would wait.

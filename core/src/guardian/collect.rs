@@ -6,9 +6,10 @@ use super::{
     restart,
     tree::{Process, Thread, Tree},
     wait::Waiter,
+    waits::LimitedWait,
 };
 use crate::{
-    arch::{Registers, may_wait_on_file, may_wait_on_socket, timeout_of_uninterruptible_wait},
+    arch::{Registers, socket_wait, timeout_of_uninterruptible_wait},
     inject::run::{Saved, faults_in},
     ptrace::{Rseq, Stopped, Tracee, who},
 };
@@ -40,6 +41,9 @@ pub fn capture_thread(pid: i32, thread: &mut Thread, scratch: &mut Vec<u8>) -> R
         && is_wait(stopped.id().tid, &saved.registers)
         && !will_be_interrupted(pid, stopped, saved.signal_mask)?
     {
+        let begun = thread.begun.filter(|begun| begun.lasted_until_stop(stopped.id().tid));
+        thread.wait =
+            begun.map(|begun| LimitedWait { syscall: original.orig_rax, deadline_ns: begun.deadline_ns });
         saved.registers.rewind();
     }
     if let Some(rseq) = stopped.rseq()? {
@@ -57,8 +61,7 @@ fn is_wait(tid: i32, registers: &Registers) -> bool {
         link.to_string_lossy().starts_with("socket:")
     };
     timeout_of_uninterruptible_wait(registers).is_some()
-        || may_wait_on_socket(registers)
-        || may_wait_on_file(registers).is_some_and(is_socket)
+        || socket_wait(registers).is_some_and(|wait| !wait.of_any_file || is_socket(wait.fd))
 }
 
 /// True if a handler is about to run for a pending signal: then EINTR is right.
@@ -99,7 +102,7 @@ fn leave_critical_section(tid: i32, rseq: Rseq, saved: &mut Saved) {
 }
 
 /// Reads or writes a few bytes without opening the task's memory.
-fn transfer(tid: i32, bytes: &mut [u8], address: u64, write: bool) -> bool {
+pub(super) fn transfer(tid: i32, bytes: &mut [u8], address: u64, write: bool) -> bool {
     let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let remote = libc::iovec { iov_base: address as *mut _, iov_len: bytes.len() };
     // SAFETY: one local and one remote vector; the remote one is checked by the kernel.
@@ -152,6 +155,6 @@ fn describe(pid: i32, tid: i32, thread: &Thread) -> Result<Option<ThreadState>, 
         robust_list: stopped.robust_list()?,
         pending: stopped.pending(false)?.into_iter().map(Bytes).collect(),
         seccomp_filters: stopped.seccomp_filters()?,
-        restart: thread.restart,
+        restart: thread.restart.or(thread.wait.map(LimitedWait::remaining)),
     }))
 }

@@ -17,10 +17,12 @@ mod restore;
 mod seize;
 mod server;
 mod snapshot;
+mod survey;
 mod timers;
 mod tree;
 mod undo;
 mod wait;
+mod waits;
 
 pub use client::{Guardian, WriteJob};
 pub use error::{GuardianError, NotStopping};

@@ -8,6 +8,7 @@
 use super::{
     GuardianError,
     protocol::Restart,
+    survey,
     tree::{Thread, Tree},
     wait::Waiter,
 };
@@ -21,11 +22,24 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How often one thread is looked at, before its sleep has to begin anew.
+const ATTEMPTS: usize = 4;
 /// How long a thread may take to fall asleep again, or to stop.
 const MOMENT: Duration = Duration::from_millis(200);
 
-/// A timer: number of its clock base, absolute expiry on it.
-type Timer = (u32, i64);
+/// Number of the clock base of CLOCK_MONOTONIC (include/linux/hrtimer_defs.h).
+pub(super) const MONOTONIC_BASE: u32 = 0;
+
+/// A timer of a thread that sleeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Timer {
+    /// Number of its clock base.
+    pub base: u32,
+    /// Absolute expiry on it, in nanoseconds.
+    pub expiry: i64,
+    /// How much later than that it may be.
+    pub slack: i64,
+}
 
 /// Notes the remaining time of all interrupted sleeps in the tree, and updates the registers of those that are over.
 pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
@@ -54,21 +68,57 @@ pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
         }
     }
     let now = base_times();
-    for (index, thread) in sleepers.into_iter().enumerate() {
-        let Some(saved) = &thread.saved else { continue };
-        if saved.registers.result() != ERESTART_RESTARTBLOCK {
-            continue;
-        }
+    for (index, thread) in sleepers.iter_mut().enumerate() {
         let pattern = (index + 1) | 1 << bits;
-        let mut own = seen.iter().filter(|(_, rounds)| **rounds == pattern).map(|(timer, _)| *timer);
-        let remaining_ns = match (own.next(), own.next()) {
-            (Some((base, expiry)), None) => now.get(&base).map(|now| (expiry - now).max(0)),
-            _ => None,
-        };
-        let (syscall, clock) = call_of(&saved.registers, calls.get(&thread.tracee.id().tid).copied());
-        thread.restart = Some(Restart { syscall, clock, remaining_ns });
+        let own = seen.iter().filter(|(_, rounds)| **rounds == pattern).map(|(timer, _)| *timer);
+        note(thread, &own.collect(), &calls, &now);
+    }
+    for mut thread in sleepers {
+        // Others' timers come and go as well, and a busy machine lets threads wait: then each by itself.
+        for _ in 0..ATTEMPTS {
+            if !is_sleeper(&thread) {
+                break;
+            }
+            let before = timers();
+            let during = sleep_on(vec![&mut thread], &mut calls, waiter)?;
+            note(thread, &during.difference(&before).copied().collect(), &calls, &base_times());
+        }
+        if is_sleeper(thread) {
+            let Some(saved) = &thread.saved else { continue };
+            let (syscall, clock) = call_of(&saved.registers, calls.get(&thread.tracee.id().tid).copied());
+            thread.restart = Some(Restart { syscall, clock, remaining_ns: None });
+        }
     }
     Ok(())
+}
+
+/// Notes what remains of a sleep, if one of these timers must be its own, or if it has none.
+fn note(thread: &mut Thread, timers: &BTreeSet<Timer>, calls: &BTreeMap<i32, u64>, now: &BTreeMap<u32, i64>) {
+    let Some(saved) = thread.saved.as_ref().filter(|_| is_sleeper(thread)) else { return };
+    let tid = thread.tracee.id().tid;
+    let (syscall, clock) = call_of(&saved.registers, calls.get(&tid).copied());
+    if syscall == restartable::POLL && (saved.registers.rdx as i32) < 0 {
+        thread.restart = Some(Restart { syscall, clock, remaining_ns: None });
+        return;
+    }
+    let left = |timer: &Timer| now.get(&timer.base).map(|now| (timer.expiry - now).max(0));
+    // How late a timer may be is another thing for each call, when it goes on.
+    let slack = survey::timer_slack(tid).unwrap_or(0);
+    let fits = |timer: &&Timer| match syscall {
+        restartable::POLL => {
+            left(timer).is_some_and(|ns| timer.slack >= slack && timer.slack <= slack.max(ns / 100))
+        }
+        restartable::FUTEX => timer.slack == slack,
+        _ => timer.slack == 0,
+    };
+    let own = only(timers.iter().collect()).or_else(|| only(timers.iter().filter(fits).collect()));
+    if let Some(remaining_ns) = own.and_then(left) {
+        thread.restart = Some(Restart { syscall, clock, remaining_ns: Some(remaining_ns) });
+    }
+}
+
+fn only(mut timers: Vec<&Timer>) -> Option<&Timer> {
+    timers.pop().filter(|_| timers.is_empty())
 }
 
 fn is_sleeper(thread: &Thread) -> bool {
@@ -178,7 +228,7 @@ fn settle(thread: &mut Thread, waiter: &mut Waiter) -> Result<(), GuardianError>
 }
 
 /// The sleepers' timers of the whole machine.
-fn timers() -> BTreeSet<Timer> {
+pub(super) fn timers() -> BTreeSet<Timer> {
     parse_timers(&who::read_text("/proc/timer_list"))
 }
 
@@ -188,9 +238,9 @@ fn parse_timers(text: &str) -> BTreeSet<Timer> {
         if let Some(rest) = line.strip_prefix("clock ") {
             base = rest.trim_end_matches(':').parse().unwrap_or(0);
         } else if let Some(rest) = line.strip_prefix("# expires at ") {
-            let soft = rest.split('-').next().and_then(|number| number.parse().ok());
-            if let (true, Some(expiry)) = (is_sleeper, soft) {
-                found.insert((base, expiry));
+            let mut bounds = rest.split([' ', '-']).map_while(|number| number.parse::<i64>().ok());
+            if let (true, Some(expiry), Some(latest)) = (is_sleeper, bounds.next(), bounds.next()) {
+                found.insert(Timer { base, expiry, slack: latest - expiry });
             }
         } else if line.starts_with('#') {
             is_sleeper = line.contains("hrtimer_wakeup");
@@ -236,7 +286,8 @@ mod tests {
 
     #[test]
     fn only_sleepers_count() {
-        assert_eq!(parse_timers(LIST), BTreeSet::from([(0, 300), (2, 400)]));
+        let timers = [Timer { base: 0, expiry: 300, slack: 50 }, Timer { base: 2, expiry: 400, slack: 0 }];
+        assert_eq!(parse_timers(LIST), BTreeSet::from(timers));
         assert_eq!(parse_base_times(LIST), BTreeMap::from([(0, 100), (2, 107)]));
     }
 }

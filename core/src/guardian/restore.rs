@@ -4,6 +4,7 @@ use super::{
     GuardianError,
     protocol::{ArmTimers, FinalTask, FinalThread, LateCall, Restart, TaskDied},
     wait::Waiter,
+    waits::{Again, begin_again, is_limited},
 };
 use crate::{
     arch::{Registers, restartable},
@@ -30,6 +31,8 @@ pub const SCRATCH_LEN: u64 = 128;
 struct Adopted {
     tracee: Tracee,
     arrived: bool,
+    /// What remains of the wait that it makes once more.
+    remaining_ns: Option<i64>,
     /// Thread and process in the innermost pid namespace.
     inner: (i32, i32),
 }
@@ -62,8 +65,15 @@ impl Nursery {
     pub fn adopt(&mut self, root: i32) -> Result<(), GuardianError> {
         let id = TaskId { pid: root, tid: root };
         let running = Running::seize(id, Options::RESTORE)?;
-        self.tasks
-            .insert(root, Adopted { tracee: Tracee::Running(running), arrived: false, inner: inner(root) });
+        self.tasks.insert(
+            root,
+            Adopted {
+                tracee: Tracee::Running(running),
+                arrived: false,
+                remaining_ns: None,
+                inner: inner(root),
+            },
+        );
         Ok(())
     }
 
@@ -97,6 +107,7 @@ impl Nursery {
             let task = self.tasks.entry(tid).or_insert_with(|| Adopted {
                 tracee: Tracee::Gone(TaskId { pid, tid }, Exit::Unknown),
                 arrived: false,
+                remaining_ns: None,
                 inner: inner(tid),
             });
             task.tracee = Tracee::Stopped(stopped);
@@ -179,7 +190,7 @@ impl Nursery {
         let mut armed = HashMap::new();
         for (index, &(tid, thread)) in threads.iter().enumerate() {
             let registers = registers_of(task, thread)?;
-            if let Some(restart) = thread.restart {
+            if let Some(restart) = thread.restart.filter(|restart| !is_limited(&registers, restart.syscall)) {
                 let scratch = task.scratch + index as u64 * SCRATCH_LEN;
                 let tracee = &mut self.task(tid)?.tracee;
                 let result = arm(tracee, &registers, restart, &space, scratch, waiter)?;
@@ -214,7 +225,15 @@ impl Nursery {
             }
             let signal_mask = thread.signal_mask;
             let saved = Saved { registers, xstate: thread.xstate.0.clone(), signal_mask, sent_faults: 0 };
-            saved.restore(self.task(tid)?.tracee.stopped()?)?;
+            let adopted = self.task(tid)?;
+            saved.restore(adopted.tracee.stopped()?)?;
+            // All others have been armed.
+            adopted.remaining_ns = match thread.restart {
+                Some(restart) if !armed.contains_key(&tid) && task.group_stop.is_none() => {
+                    restart.remaining_ns
+                }
+                _ => None,
+            };
         }
         if let Some(signal) = task.group_stop {
             self.group_stops.push((first, signal));
@@ -269,8 +288,8 @@ impl Nursery {
         }
     }
 
-    /// Lets all go, at once.
-    pub fn release(&mut self, waiter: &mut Waiter) -> Result<(), GuardianError> {
+    /// Lets all go, at once. Tells which sleep in a call and are to be let go when they return, if we last that long.
+    pub fn release(&mut self, waiter: &mut Waiter) -> Result<Vec<Tracee>, GuardianError> {
         let mut stopped = Vec::new();
         for (tid, signal) in std::mem::take(&mut self.group_stops) {
             if let Some(task) = self.tasks.get_mut(&tid) {
@@ -278,9 +297,16 @@ impl Nursery {
                 stopped.push(task.tracee.id().pid);
             }
         }
-        let mut left = Vec::new();
-        for (_, task) in std::mem::take(&mut self.tasks) {
+        let mut tasks = std::mem::take(&mut self.tasks);
+        let waits = tasks.values_mut().filter_map(|task| {
+            let remaining_ns = task.remaining_ns?;
+            Some(Again { tracee: &mut task.tracee, remaining_ns })
+        });
+        begin_again(waits.collect(), waiter)?;
+        let (mut left, mut asleep) = (Vec::new(), Vec::new());
+        for (_, task) in tasks {
             match task.tracee {
+                tracee @ Tracee::Running(_) if task.remaining_ns.is_some() => asleep.push(tracee),
                 Tracee::Stopped(stopped) => left.extend(stopped.detach(0).err()),
                 // A dead leader of live threads; the kernel lets it go when we end.
                 Tracee::Running(running)
@@ -301,7 +327,7 @@ impl Nursery {
         }
         super::undo::see_off(left.into_iter().map(Tracee::Running).collect(), waiter);
         super::undo::see_stopped(&stopped, waiter);
-        Ok(())
+        Ok(asleep)
     }
 
     /// Kills all, and waits until they are gone.

@@ -4,6 +4,7 @@ use super::{
     GuardianError, NotStopping,
     journal::{Freezer, Journal},
     protocol::SeizedTask,
+    survey::survey,
     tree::{Process, Thread, Tree},
     wait::Waiter,
 };
@@ -92,6 +93,7 @@ fn attempt(
     vfork_deadline: Instant,
     deadline: Instant,
 ) -> Result<Vec<SeizedTask>, GuardianError> {
+    let mut begun = survey(order.root);
     if let Some(path) = &order.freeze_cgroup {
         journal.freezer = Some(Freezer::freeze(path, deadline, waiter)?);
         while attach(order.root, tree)? > 0 {}
@@ -109,6 +111,9 @@ fn attempt(
         if waiter.command_gone {
             return Err(GuardianError::CommandEnded);
         }
+    }
+    for (_, thread) in tree.threads_mut() {
+        thread.begun = begun.remove(&thread.tracee.id().tid);
     }
     let mut tasks = Vec::with_capacity(tree.processes.len());
     for (&pid, process) in &tree.processes {
@@ -143,7 +148,7 @@ fn attach_one(id: TaskId, tree: &mut Tree) -> Result<bool, GuardianError> {
     let running = match Running::seize(id, Options::DUMP) {
         Ok(running) => running,
         Err(Error::AlreadyTraced { tracer, .. }) if tracer == ourselves => {
-            tree.stragglers.retain(|straggler| straggler.id() != id);
+            tree.stragglers.retain(|straggler| straggler.tracee.id() != id);
             Running::inherited(id)
         }
         Err(Error::Absent { .. }) => return Ok(false),
@@ -246,7 +251,7 @@ fn drop_dead(tree: &mut Tree) {
 
 fn why_not_stopping(tid: i32) -> NotStopping {
     let state = who::Stat::read(tid).map_or(b'?', |stat| stat.state);
-    let syscall = who::syscall(tid);
+    let syscall = who::syscall(tid).map(|call| (call.number, call.arguments[0]));
     match syscall {
         Some((number, _)) if number == libc::SYS_vfork as u64 => NotStopping::Vfork,
         Some((number, flags)) if number == libc::SYS_clone as u64 && flags & CLONE_VFORK != 0 => {

@@ -9,7 +9,7 @@ use super::{
     protocol::{Reply, Request, ToCommand, Written},
     restore::Nursery,
     seize, snapshot,
-    tree::Tree,
+    tree::{Thread, Tree},
     undo,
     wait::{Waiter, block_child_signals},
 };
@@ -184,7 +184,7 @@ impl Server {
                 .map(|()| Reply::Done),
             Request::Finalize(tasks) => nursery.finalize(&tasks, waiter).map(|()| Reply::Done),
             Request::Release => {
-                nursery.release(waiter)?;
+                tree.stragglers.extend(nursery.release(waiter)?.into_iter().map(Thread::new));
                 journal.undo.clear();
                 Ok(Reply::Done)
             }

@@ -4,9 +4,11 @@ use super::{
     GuardianError,
     inspect::simple,
     journal::Journal,
+    survey,
     tree::{CALL_TIME, Copy, Process, Thread, Tree, answer},
     undo,
     wait::Waiter,
+    waits,
 };
 use crate::{
     inject::{
@@ -103,6 +105,8 @@ fn settle(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
 /// Lets the originals run on; copies stay stopped.
 pub fn resume_originals(tree: &mut Tree, journal: &mut Journal, waiter: &mut Waiter) {
     undo::clean(tree, journal, waiter);
+    // As in `undo::release`.
+    let _ = waits::go_on(tree.processes.values_mut(), waiter);
     for (&pid, process) in &mut tree.processes {
         let stuck = undo::detach_process(pid, process, waiter);
         tree.stragglers.extend(stuck);
@@ -160,27 +164,44 @@ pub fn reap(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
 
 fn reap_one(tree: &mut Tree, pair: (i32, i32), waiter: &mut Waiter) -> Result<(), GuardianError> {
     let pid = pair.0;
-    let stopped = stop_again(tree.process_mut(pid)?, pid, waiter);
+    let thread = choose(tree, pid)?;
+    let stopped = stop_again(tree.process_mut(pid)?, thread, waiter);
     let result = stopped.and_then(|()| wait_for_children(tree, &[pair], waiter));
     let process = tree.process_mut(pid)?;
     for thread in process.threads.values_mut() {
         let _ = thread.put_back();
     }
+    let _ = waits::go_on(std::iter::once(&mut *process), waiter);
     let stuck = undo::detach_process(pid, process, waiter);
     process.space = None;
     tree.stragglers.extend(stuck);
     result
 }
 
-/// One thread, for a moment.
-fn stop_again(process: &mut Process, pid: i32, waiter: &mut Waiter) -> Result<(), GuardianError> {
+/// The thread that is to be stopped again: one that nothing is known of that a stop would disturb, if there is one.
+fn choose(tree: &mut Tree, pid: i32) -> Result<Thread, GuardianError> {
     let alive = |tid: &i32| who::Stat::read(*tid).is_some_and(|stat| !stat.is_zombie());
-    let mut tids = who::threads(pid);
-    tids.sort_by_key(|&tid| (tid != pid, tid));
-    let tid = tids.into_iter().find(alive).ok_or(Error::Absent { pid })?;
-    let running = Running::seize(TaskId { pid, tid }, Options::DUMP)?;
-    running.interrupt();
-    let mut thread = Thread::new(Tracee::Running(running));
+    let mut tids: Vec<i32> = who::threads(pid).into_iter().filter(alive).collect();
+    let straggler = |tid: i32| tree.stragglers.iter().position(|thread| thread.tracee.id().tid == tid);
+    tids.sort_by_key(|&tid| (straggler(tid).is_some(), tid != pid, tid));
+    let &tid = tids.first().ok_or(Error::Absent { pid })?;
+    let (tracee, wait) = match straggler(tid) {
+        Some(index) => {
+            let thread = tree.stragglers.swap_remove(index);
+            (thread.tracee, thread.wait)
+        }
+        None => (Tracee::Running(Running::seize(TaskId { pid, tid }, Options::DUMP)?), None),
+    };
+    let begun = survey::survey_thread(TaskId { pid, tid }, wait);
+    Ok(Thread { begun, ..Thread::new(tracee) })
+}
+
+/// One thread, for a moment.
+fn stop_again(process: &mut Process, thread: Thread, waiter: &mut Waiter) -> Result<(), GuardianError> {
+    let (TaskId { pid, tid }, mut thread) = (thread.tracee.id(), thread);
+    if let Tracee::Running(running) = &thread.tracee {
+        running.interrupt();
+    }
     let deadline = Instant::now() + STOPPING_TIME;
     loop {
         while thread.tracee.poll() {

@@ -1,6 +1,6 @@
 //! The tree that is being dumped, as the guardian holds it.
 
-use super::{GuardianError, protocol::Restart, wait::Waiter};
+use super::{GuardianError, protocol::Restart, survey::Begun, wait::Waiter, waits::LimitedWait};
 use crate::{
     arch::Registers,
     inject::{
@@ -30,6 +30,10 @@ pub struct Thread {
     pub saved: Option<Saved>,
     /// An interrupted sleep.
     pub restart: Option<Restart>,
+    /// The wait in which it was seen before it was stopped.
+    pub begun: Option<Begun>,
+    /// A wait that it makes once more, and when the time of that is over (CLOCK_MONOTONIC).
+    pub wait: Option<LimitedWait>,
     /// Registers differ from `saved` (or `saved` from what the kernel had) and must be put back.
     pub touched: bool,
 }
@@ -65,7 +69,7 @@ pub struct Process {
 impl Thread {
     /// Of a tracee.
     pub fn new(tracee: Tracee) -> Self {
-        Self { tracee, saved: None, restart: None, touched: false }
+        Self { tracee, saved: None, restart: None, begun: None, wait: None, touched: false }
     }
 
     /// Its own state, if it is stopped and still has one.
@@ -104,8 +108,8 @@ pub struct Ran {
 pub struct Tree {
     /// Processes.
     pub processes: BTreeMap<i32, Process>,
-    /// Threads that could not be stopped, and so not be let go: they are as soon as they stop.
-    pub stragglers: Vec<Tracee>,
+    /// Threads that could not be stopped, or may not be because they are in a wait again: they are let go as soon as they stop.
+    pub stragglers: Vec<Thread>,
 }
 
 /// A planned run.

@@ -5,8 +5,9 @@ use super::{
     journal::Journal,
     protocol::Outcome,
     restore, snapshot,
-    tree::{Process, Tree},
+    tree::{Process, Thread, Tree},
     wait::Waiter,
+    waits,
 };
 use crate::{
     inject::run::Patience,
@@ -96,13 +97,13 @@ fn is_stuck(tid: i32) -> bool {
 }
 
 /// Lets every stopped thread go; tells which could not be. A detached thread restarts the system call that its stop interrupted.
-pub fn detach_process(pid: i32, process: &mut Process, waiter: &mut Waiter) -> Vec<Tracee> {
+pub fn detach_process(pid: i32, process: &mut Process, waiter: &mut Waiter) -> Vec<Thread> {
     let threads = std::mem::take(&mut process.threads);
     let (mut killed, mut stuck) = (Vec::new(), Vec::new());
     for (_, thread) in threads {
         match thread.tracee {
             Tracee::Stopped(stopped) => killed.extend(stopped.detach(0).err().map(Tracee::Running)),
-            Tracee::Running(running) => stuck.push(Tracee::Running(running)),
+            Tracee::Running(_) => stuck.push(thread),
             Tracee::Gone(..) => {}
         }
     }
@@ -115,14 +116,15 @@ pub fn detach_process(pid: i32, process: &mut Process, waiter: &mut Waiter) -> V
 
 /// Lets threads go that have stopped only now.
 pub fn free_stragglers(tree: &mut Tree) {
-    for mut tracee in std::mem::take(&mut tree.stragglers) {
-        tracee.poll();
-        match tracee {
+    for mut thread in std::mem::take(&mut tree.stragglers) {
+        thread.tracee.poll();
+        match thread.tracee {
             Tracee::Stopped(stopped) => {
                 let signal = if let Stop::Signal(signal) = stopped.stop() { signal } else { 0 };
-                tree.stragglers.extend(stopped.detach(signal).err().map(Tracee::Running));
+                let killed = stopped.detach(signal).err().map(Tracee::Running);
+                tree.stragglers.extend(killed.map(Thread::new));
             }
-            Tracee::Running(running) => tree.stragglers.push(Tracee::Running(running)),
+            Tracee::Running(_) => tree.stragglers.push(thread),
             Tracee::Gone(..) => {}
         }
     }
@@ -143,6 +145,8 @@ pub fn see_off(mut killed: Vec<Tracee>, waiter: &mut Waiter) {
 }
 
 fn detach(tree: &mut Tree, waiter: &mut Waiter) {
+    // Where it fails, a thread is gone, or its time begins anew.
+    let _ = waits::go_on(tree.processes.values_mut(), waiter);
     let mut stopped = Vec::new();
     for (&pid, process) in &mut tree.processes {
         let stuck = detach_process(pid, process, waiter);

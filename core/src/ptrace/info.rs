@@ -116,11 +116,19 @@ impl Stopped {
         Ok(info)
     }
 
-    /// PTRACE_SETOPTIONS.
+    /// PTRACE_SETOPTIONS: it dies with its tracer.
     pub fn set_exit_kill(&self) -> Result<(), Error> {
-        let options = (libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD) as usize;
+        self.set_options(libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD)
+    }
+
+    /// PTRACE_SETOPTIONS: the end of its tracer lets it go on undisturbed, also out of a system call.
+    pub fn set_free_with_tracer(&self) -> Result<(), Error> {
+        self.set_options(libc::PTRACE_O_TRACESYSGOOD)
+    }
+
+    fn set_options(&self, options: i32) -> Result<(), Error> {
         // SAFETY: takes numbers only.
-        unsafe { self.request("set options of", libc::PTRACE_SETOPTIONS, 0, options) }.map(drop)
+        unsafe { self.request("set options of", libc::PTRACE_SETOPTIONS, 0, options as usize) }.map(drop)
     }
 
     /// Pending signals as siginfo_t, those of the thread or those of the process.

@@ -264,6 +264,20 @@ impl Tracee {
         });
     }
 
+    /// Lets a task go that stands before the delivery of a signal, with that signal; others stay as they are.
+    pub fn detach_from_signal(&mut self) {
+        let id = self.id();
+        self.change(|old| match old {
+            Self::Stopped(stopped) => match stopped.stop() {
+                Stop::Signal(signal) => {
+                    stopped.detach(signal).map_or_else(Self::Running, |()| Self::Gone(id, Exit::Unknown))
+                }
+                _ => Self::Stopped(stopped),
+            },
+            other => other,
+        });
+    }
+
     /// Looks whether a running task has stopped or ended; true if it still runs.
     pub fn poll(&mut self) -> bool {
         let id = self.id();

@@ -45,6 +45,8 @@ pub struct Stat {
     pub flags: u64,
     /// Signals 1 to 31 that the process ignores; bit 0 is signal 1.
     pub ignored: u64,
+    /// The processor on which it last ran.
+    pub processor: usize,
 }
 
 impl Stat {
@@ -59,7 +61,8 @@ impl Stat {
         let parent = fields.next()?.parse().ok()?;
         let flags = fields.nth(4)?.parse().ok()?;
         let ignored = fields.nth(23)?.parse().ok()?;
-        Some(Self { state, parent, flags, ignored })
+        let processor = fields.nth(5)?.parse().ok()?;
+        Some(Self { state, parent, flags, ignored, processor })
     }
 
     /// Dead, not reaped.
@@ -114,18 +117,69 @@ pub fn children(pid: i32, tid: i32) -> Vec<i32> {
     text.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect()
 }
 
-/// The system call a thread is in, and its first argument (/proc/TID/syscall).
-pub fn syscall(tid: i32) -> Option<(u64, u64)> {
+/// The system call a thread is in (/proc/TID/syscall).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Syscall {
+    /// Number.
+    pub number: u64,
+    /// Arguments.
+    pub arguments: [u64; 6],
+    /// Stack pointer and instruction pointer of the caller.
+    pub at: [u64; 2],
+}
+
+/// What system call a thread sleeps in; `None` if it does not, or may not be looked at.
+pub fn syscall(tid: i32) -> Option<Syscall> {
     let text = read_text(&format!("/proc/{tid}/syscall"));
     let mut fields = text.split_ascii_whitespace();
     let number = fields.next()?.parse().ok()?;
-    let first = u64::from_str_radix(fields.next()?.trim_start_matches("0x"), 16).ok()?;
-    Some((number, first))
+    let mut hex = || u64::from_str_radix(fields.next()?.trim_start_matches("0x"), 16).ok();
+    let mut arguments = [0; 6];
+    for argument in &mut arguments {
+        *argument = hex()?;
+    }
+    Some(Syscall { number, arguments, at: [hex()?, hex()?] })
+}
+
+/// What the scheduler knows of a thread (/proc/TID/sched, where the kernel has CONFIG_SCHED_DEBUG).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scheduled {
+    /// When it last ran, in nanoseconds of the clock of its processor.
+    pub last_ran_ns: i64,
+    /// How often it has gone to sleep or stopped.
+    pub switches: u64,
+}
+
+impl Scheduled {
+    /// Reads it; `None` if there is no such file.
+    pub fn read(tid: i32) -> Option<Self> {
+        Self::parse(&read_text(&format!("/proc/{tid}/sched")))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let value = |name: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':'))
+                .map(str::trim)
+        };
+        let (milliseconds, rest) = value("se.exec_start")?.split_once('.')?;
+        let nanoseconds: i64 = rest.parse().ok()?;
+        let last_ran_ns = milliseconds.parse::<i64>().ok()?.checked_mul(1_000_000)? + nanoseconds;
+        Some(Self { last_ran_ns, switches: value("nr_voluntary_switches")?.parse().ok()? })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn when_a_thread_last_ran() {
+        let text = "cat (8015, #threads: 1)\n-----\nse.exec_start      :   23293849.358455\nnr_voluntary_switches   :   12\n";
+        let expected = Scheduled { last_ran_ns: 23_293_849_358_455, switches: 12 };
+        assert_eq!(Scheduled::parse(text), Some(expected));
+        assert_eq!(Scheduled::parse("nr_voluntary_switches : 12"), None);
+    }
 
     #[test]
     fn our_own_thread() {

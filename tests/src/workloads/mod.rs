@@ -117,6 +117,8 @@ workloads! {
     tree_shared_fs: "processes that share cwd and umask";
     tree_shared_files: "processes that share a descriptor table, and one with a copy of it";
     wait_socket_timeout: "waits on sockets that have a timeout";
+    wait_limits: "waits with a time limit, which end by it: epoll_wait, sigtimedwait, semtimedop, io_getevents", unsteady;
+    wait_limits_sockets: "waits on sockets that end by their timeout";
     wait_masks: "waits with a signal mask of their own: sigsuspend, ppoll, pselect, epoll_pwait";
     wait_calls: "calls that last: epoll_wait, sigtimedwait, locks, accept, wait", flags("--file-locks");
     fs_identity: "working directory, umask, personality and name";
