@@ -22,7 +22,10 @@ fn variable(name: &str) -> PathBuf {
 /// Builds and flattens the crate in the directory `name` beside `core/`; ends the build if it cannot.
 pub fn build(name: &str) {
     let dir = variable("CARGO_MANIFEST_DIR").join("..").join(name);
-    println!("cargo::rerun-if-changed={}", dir.join("src").display());
+    // The restorer has a file of the parasite.
+    for source in [dir.join("src"), dir.join("../parasite/src/mem.rs")] {
+        println!("cargo::rerun-if-changed={}", source.display());
+    }
     if let Err(why) = compile(&dir, name) {
         println!("cargo::error=building {name}: {why}");
         exit(1);

@@ -13,6 +13,18 @@ mod sys;
 
 use protocol::{Simple, command};
 
+/// core refers to it although nothing here unwinds.
+#[unsafe(no_mangle)]
+extern "C" fn rust_eh_personality() {}
+
+/// See `rust_eh_personality`.
+#[unsafe(no_mangle)]
+extern "C" fn _Unwind_Resume() -> ! {
+    loop {
+        core::hint::spin_loop();
+    }
+}
+
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     // SAFETY: stops at int3, where the guardian sees the mark in rax and never continues from here.

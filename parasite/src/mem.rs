@@ -1,4 +1,4 @@
-//! The mem* functions that rustc expects of libc.
+//! The mem* functions that rustc expects of libc: of the parasite, and of the restorer.
 //!
 //! In assembler, so that LLVM cannot turn a loop back into a call of the very function.
 use core::arch::naked_asm;
@@ -61,16 +61,4 @@ unsafe extern "C" fn memcmp(_a: *const u8, _b: *const u8, _len: usize) -> i32 {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn bcmp(_a: *const u8, _b: *const u8, _len: usize) -> i32 {
     naked_asm!("jmp {m}", m = sym memcmp)
-}
-
-/// core refers to it although nothing here unwinds.
-#[unsafe(no_mangle)]
-extern "C" fn rust_eh_personality() {}
-
-/// See `rust_eh_personality`.
-#[unsafe(no_mangle)]
-extern "C" fn _Unwind_Resume() -> ! {
-    loop {
-        core::hint::spin_loop();
-    }
 }

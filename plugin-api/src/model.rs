@@ -426,4 +426,11 @@ pub enum UndoStep {
     /// The other way round: write(2) of these bytes, once, if the tree is killed, when all its tasks are gone and before any descriptor is
     /// closed. Nothing if it runs on.
     WriteWhenKilled(RVec<u8>),
+    /// A system call that takes numbers only, for what has no descriptor.
+    Syscall {
+        /// Number.
+        number: i64,
+        /// Arguments.
+        arguments: [u64; 6],
+    },
 }

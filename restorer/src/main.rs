@@ -8,6 +8,7 @@
 #![no_main]
 
 mod credentials;
+#[path = "../../parasite/src/mem.rs"]
 mod mem;
 mod memory;
 mod own;

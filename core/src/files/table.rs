@@ -48,7 +48,7 @@ impl Handle {
 }
 
 /// What two entries must have in common to be the same description; kcmp decides among those.
-/// Not fdinfo: some of it changes from one read to the next.
+/// Not the whole of fdinfo: some of it changes from one read to the next.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Resemblance {
     dev: u64,
@@ -56,6 +56,12 @@ struct Resemblance {
     status_flags: u32,
     position: u64,
     link: Vec<u8>,
+    number: Option<u64>,
+}
+
+/// The number by which fdinfo tells objects without an inode of their own apart, if they have one (a line whose name ends in "-id").
+fn own_number(info: &str) -> Option<u64> {
+    info.lines().find_map(|line| line.split_once("-id:")?.1.trim().parse().ok())
 }
 
 /// Those that resemble each other: one as a rule, and then nothing is compared.
@@ -137,6 +143,7 @@ impl Handles {
             status_flags: facts.status_flags,
             position: facts.position,
             link: facts.link.clone(),
+            number: own_number(&facts.info),
         };
         let subject = (pid, facts.number as u64);
         let next = self.all.len();
@@ -194,6 +201,12 @@ pub fn read_table(proc: &ProcDir) -> Result<Vec<DescriptorFacts>, ProcError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_of_objects() {
+        assert_eq!(own_number("pos:\t0\ncounter: 3\ncounter-id: 17\nsemaphore: 0\n"), Some(17));
+        assert_eq!(own_number("pos:\t0\nflags:\t02\nmnt_id:\t16\n"), None);
+    }
 
     #[test]
     fn duplicates_share_a_handle_and_strangers_do_not() {

@@ -154,6 +154,10 @@ impl Journal {
                     UndoStep::Write(data) => write(&fd, data),
                     UndoStep::RemoveDirectory(name) => remove_directory(&fd, name),
                     UndoStep::WriteWhenKilled(_) => {}
+                    UndoStep::Syscall { number, arguments: [a, b, c, d, e, f] } => {
+                        // SAFETY: the plugin promises that it takes numbers only.
+                        unsafe { libc::syscall(*number, *a, *b, *c, *d, *e, *f) };
+                    }
                 }
             }
         }

@@ -290,6 +290,13 @@ pub enum UndoStep {
     RemoveDirectory(String),
     /// write(2), when the tree was killed.
     WriteWhenKilled(Bytes),
+    /// A system call that takes numbers only.
+    Syscall {
+        /// Number.
+        number: i64,
+        /// Arguments.
+        arguments: [u64; 6],
+    },
 }
 
 impl From<&stasis_plugin_api::UndoStep> for UndoStep {
@@ -302,6 +309,7 @@ impl From<&stasis_plugin_api::UndoStep> for UndoStep {
             Wanted::Write(data) => Self::Write(Bytes(data.to_vec())),
             Wanted::RemoveDirectory(name) => Self::RemoveDirectory(name.to_string()),
             Wanted::WriteWhenKilled(data) => Self::WriteWhenKilled(Bytes(data.to_vec())),
+            Wanted::Syscall { number, arguments } => Self::Syscall { number: *number, arguments: *arguments },
         }
     }
 }

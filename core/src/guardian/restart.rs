@@ -76,7 +76,7 @@ pub fn find(tree: &mut Tree, waiter: &mut Waiter) -> Result<(), GuardianError> {
     for mut thread in sleepers {
         // Others' timers come and go as well, and a busy machine lets threads wait: then each by itself.
         for _ in 0..ATTEMPTS {
-            if !is_sleeper(&thread) {
+            if !is_sleeper(thread) {
                 break;
             }
             let before = timers();

@@ -13,8 +13,9 @@ use crate::{Descriptor, HandleInfo, HookError, Host, ObjectInfo, Result};
 use std::{
     fs::{self, File},
     io,
+    net::IpAddr,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::fs::MetadataExt,
     },
 };
@@ -274,7 +275,7 @@ pub fn may_administer(proc: &OwnedFd) -> Result<bool> {
 }
 
 /// Refuses a socket of another net namespace than that of its holder, whose /proc/PID is `proc`.
-pub fn check_namespace(fd: BorrowedFd<'_>, proc: &OwnedFd, label: &str) -> Result<()> {
+fn check_namespace(fd: BorrowedFd<'_>, proc: &OwnedFd, label: &str) -> Result<()> {
     let failed = |error| HookError::failed("stat of a net namespace", error);
     let socket = namespace(fd)?.metadata().map_err(failed)?.ino();
     let path = format!("/proc/self/fd/{}/ns/net", proc.as_raw_fd());
@@ -321,6 +322,20 @@ pub fn only_handle(object: &ObjectInfo) -> Result<&HandleInfo> {
         [handle] => Ok(handle),
         handles => Err(HookError::invalid(format!("a socket with {} handles", handles.len()))),
     }
+}
+
+/// A socket of the frozen tree, and /proc/PID of a task that has it and is in the socket's own net namespace; refused if there is none.
+pub fn open(host: &Host<'_>, object: &ObjectInfo) -> Result<(OwnedFd, OwnedFd)> {
+    let fd = host.open_handle(only_handle(object)?.id)?;
+    let proc = host.open_proc(holder(host, object)?)?;
+    check_namespace(fd.as_fd(), &proc, object.description.as_str())?;
+    Ok((fd, proc))
+}
+
+/// An address from its octets, as records have them.
+pub fn ip_address(octets: &[u8]) -> Option<IpAddr> {
+    let v4 = || <[u8; 4]>::try_from(octets).ok().map(IpAddr::from);
+    v4().or_else(|| <[u8; 16]>::try_from(octets).ok().map(IpAddr::from))
 }
 
 /// What [`Descriptor::describe`] says of a socket that is an object of its own.

@@ -1,7 +1,7 @@
 //! Multicast memberships. The kernel lists the groups of a namespace, but not those of a socket: so the socket is asked
 //! for its filter of every group there is (RFC 3678).
 
-use super::set_option;
+use super::{ip_address, set_option};
 use crate::{HookError, Result};
 use std::{
     fs,
@@ -31,6 +31,17 @@ pub struct Membership {
     pub mode: u32,
     /// Senders.
     pub sources: Vec<IpAddr>,
+}
+
+impl Membership {
+    /// Of a record, which has addresses as octets.
+    pub fn from_octets(interface: u32, group: &[u8], mode: u32, sources: &[Vec<u8>]) -> Result<Self> {
+        let address = |octets: &[u8]| {
+            ip_address(octets).ok_or_else(|| HookError::invalid("a membership with an address that is none"))
+        };
+        let sources = sources.iter().map(|source| address(source)).collect::<Result<_>>()?;
+        Ok(Self { interface, group: address(group)?, mode, sources })
+    }
 }
 
 fn level(group: IpAddr) -> i32 {

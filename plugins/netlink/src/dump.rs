@@ -46,12 +46,9 @@ pub(crate) fn refuse_protocol(fd: BorrowedFd<'_>, label: &str) -> Result<()> {
 }
 
 pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket>> {
-    let handle = socket::only_handle(object)?;
     let label = object.description.as_str();
-    let owned = host.open_handle(handle.id)?;
+    let (owned, _) = socket::open(host, object)?;
     let fd = owned.as_fd();
-    let proc = host.open_proc(socket::holder(host, object)?)?;
-    socket::check_namespace(fd, &proc, label)?;
     let state = socket::poll(fd, libc::POLLIN).map_err(failed("poll"))?;
     if state & libc::POLLERR != 0 {
         let why = "an error waits to be read from it (messages were lost, ENOBUFS)";

@@ -17,10 +17,8 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> HookError {
 pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket>> {
     let handle = socket::only_handle(object)?;
     let label = object.description.as_str();
-    let owned = host.open_handle(handle.id)?;
+    let (owned, _) = socket::open(host, object)?;
     let fd = owned.as_fd();
-    let proc = host.open_proc(socket::holder(host, object)?)?;
-    socket::check_namespace(fd, &proc, label)?;
     let refuse = |why: &str, remedy: &str| Err(HookError::unsupported(label, why, remedy));
     let ino = handle.ino as u32;
     let told = socket::in_namespace(&socket::namespace(fd)?, move || diag::ask(ino)).map_err(|error| {

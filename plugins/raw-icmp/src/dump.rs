@@ -26,10 +26,8 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> HookError {
 pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket>> {
     let handle = socket::only_handle(object)?;
     let label = object.description.as_str();
-    let owned = host.open_handle(handle.id)?;
+    let (owned, proc) = socket::open(host, object)?;
     let fd = owned.as_fd();
-    let proc = host.open_proc(socket::holder(host, object)?)?;
-    socket::check_namespace(fd, &proc, label)?;
     let refuse = |why: &str, remedy: &str| Err(HookError::unsupported(label, why, remedy));
     let state = socket::poll(fd, libc::POLLIN | libc::POLLRDHUP).map_err(failed("poll"))?;
     if state & libc::POLLERR != 0 {

@@ -6,12 +6,13 @@ use crate::{
 };
 use stasis_plugin_api::{
     HookError, Host, ObjectInfo, Result,
-    socket::{self, filter, multicast, options},
+    socket::{
+        self, filter,
+        multicast::{self, Membership},
+        options,
+    },
 };
-use std::{
-    net::IpAddr,
-    os::fd::{AsFd, OwnedFd},
-};
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Bound and connected, so that it hears what the dumped one would; what arrives meanwhile is the network's.
 pub(crate) fn create(record: &Socket) -> Result<OwnedFd> {
@@ -52,22 +53,9 @@ pub(crate) fn create(record: &Socket) -> Result<OwnedFd> {
     Ok(owned)
 }
 
-fn memberships(record: &Socket) -> Result<Vec<multicast::Membership>> {
-    let bad = || HookError::invalid("a membership with an address that is none");
-    let one = |m: &v1::Membership| {
-        Ok(multicast::Membership {
-            interface: m.interface,
-            group: address(&m.group).ok_or_else(bad)?,
-            mode: m.mode,
-            sources: m.sources.iter().map(|s| address(s).ok_or_else(bad)).collect::<Result<_>>()?,
-        })
-    };
+fn memberships(record: &Socket) -> Result<Vec<Membership>> {
+    let one = |m: &v1::Membership| Membership::from_octets(m.interface, &m.group, m.mode, &m.sources);
     record.memberships.iter().map(one).collect()
-}
-
-fn address(octets: &[u8]) -> Option<IpAddr> {
-    let v4 = || <[u8; 4]>::try_from(octets).ok().map(IpAddr::from);
-    v4().or_else(|| <[u8; 16]>::try_from(octets).ok().map(IpAddr::from))
 }
 
 pub(crate) fn link(host: &Host<'_>, object: &ObjectInfo, record: &Socket) -> Result<()> {

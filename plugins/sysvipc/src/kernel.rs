@@ -1,5 +1,6 @@
 //! The system calls: shmget(2), shmop(2), shmctl(2).
 
+use stasis_plugin_api::UndoStep;
 use std::{fs, io, ptr};
 
 /// What the names of segments begin with in `/proc/PID/maps` (ipc/shm.c).
@@ -63,6 +64,12 @@ pub fn set_owner(id: u32, uid: u32, gid: u32, mode: u32) -> io::Result<()> {
     wanted.shm_perm.mode = (mode & 0o777) as _;
     // SAFETY: the kernel reads one shmid_ds.
     check(unsafe { libc::shmctl(id as i32, libc::IPC_SET, &raw mut wanted) }).map(drop)
+}
+
+/// The same as [`remove`], for the guardian.
+pub fn removal(id: u32) -> UndoStep {
+    let arguments = [id.into(), libc::IPC_RMID as u64, 0, 0, 0, 0];
+    UndoStep::Syscall { number: libc::SYS_shmctl, arguments }
 }
 
 /// IPC_RMID.

@@ -46,10 +46,6 @@ impl Lifecycle for Segments {
         match event {
             Event::BeforeRestore => restore::make_all(host),
             Event::Restored => restore::attached(host),
-            Event::Aborted => {
-                restore::undo();
-                Ok(())
-            }
             _ => Ok(()),
         }
     }
@@ -111,9 +107,12 @@ mod tests {
         let segment = Segment { id: 777_778, size: 4096, mode: 0o600, ..Segment::default() };
         let beyond = vec![Extent { offset: 4096, length: 1 << 40 }];
         for bad in [Segment { extents: beyond, ..segment.clone() }, Segment { size: 0, ..segment }] {
-            assert!(kit(&bad, &[1; 10]).with_host(restore::make_all).is_err());
-            restore::undo();
-            assert!(kernel::stat(bad.id).is_none());
+            let kit = kit(&bad, &[1; 10]);
+            assert!(kit.with_host(restore::make_all).is_err());
+            // What the guardian would do, and only if something had been made.
+            let undo = kit.host.undo.borrow().iter().map(|entry| entry.1.clone()).collect::<Vec<_>>();
+            assert_eq!(kernel::stat(bad.id).is_some(), !undo.is_empty());
+            assert!(undo.iter().all(|steps| *steps == [kernel::removal(bad.id)]));
         }
     }
 }

@@ -7,15 +7,14 @@ use crate::{
 };
 use stasis_plugin_api::{HookError, Host, Result, VmaInfo, prost::Message};
 use std::{
+    fs::File,
     io::{self, Read},
+    os::fd::AsFd,
     slice,
-    sync::{Mutex, PoisonError},
 };
 
 /// No list of segments is longer.
 const LONGEST_LIST: u64 = 1 << 26;
-/// Segments that this restore has made.
-static MADE: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> HookError {
     move |error| HookError::failed(what, error)
@@ -60,11 +59,13 @@ fn make(host: &Host<'_>, segment: &Segment) -> Result<()> {
         }
         Some(_) => {}
         None => {
+            // Taken away by the guardian if nobody comes to use it.
+            let null = File::open("/dev/null").map_err(failed("open /dev/null"))?;
+            host.undo(null.as_fd(), &[kernel::removal(id)])?;
             kernel::create(id, segment.key, length, segment.mode).map_err(|error| {
                 let remedy = format!("its key {:#x} may be taken (ipcs -m)", segment.key);
                 HookError::failed(format!("making System V segment {id}"), error).remedy(remedy)
             })?;
-            MADE.lock().unwrap_or_else(PoisonError::into_inner).push(id);
         }
     }
     fill(host, segment, length)?;
@@ -106,15 +107,7 @@ pub fn attached(host: &Host<'_>) -> Result<()> {
     for segment in segments(host)?.iter().filter(|segment| segment.removed) {
         kernel::remove(segment.id).map_err(failed("remove a System V segment"))?;
     }
-    MADE.lock().unwrap_or_else(PoisonError::into_inner).clear();
     Ok(())
-}
-
-/// The restore has failed.
-pub fn undo() {
-    for id in MADE.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-        let _ = kernel::remove(id);
-    }
 }
 
 /// Keeps a place from being chosen by the kernel for the whole segment, of which only a part belongs there.

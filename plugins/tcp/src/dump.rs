@@ -44,11 +44,9 @@ pub(crate) fn tables(domain: i32, shape: Shape) -> &'static [&'static [Spec]] {
 pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket>> {
     let handle = socket::only_handle(object)?;
     let label = object.description.as_str();
-    let owned = host.open_handle(handle.id)?;
+    let (owned, proc) = socket::open(host, object)?;
     let fd = owned.as_fd();
     let failed = |what: &'static str| move |error| HookError::failed(what, error);
-    let proc = host.open_proc(socket::holder(host, object)?)?;
-    socket::check_namespace(fd, &proc, label)?;
     let info = kernel::info(fd)?;
     let events = socket::poll(fd, libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP).map_err(failed("poll"))?;
     refuse_unseen(fd, &info, events, label)?;

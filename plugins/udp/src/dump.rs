@@ -27,11 +27,9 @@ const UDP_GRO: i32 = 104;
 pub(crate) fn dump(host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Socket>> {
     let handle = socket::only_handle(object)?;
     let label = object.description.as_str();
-    let owned = host.open_handle(handle.id)?;
+    let (owned, proc) = socket::open(host, object)?;
     let fd = owned.as_fd();
     let failed = |what: &'static str| move |error| HookError::failed(what, error);
-    let proc = host.open_proc(socket::holder(host, object)?)?;
-    socket::check_namespace(fd, &proc, label)?;
     let domain = socket::get_int(fd, libc::SOL_SOCKET, libc::SO_DOMAIN).map_err(failed("SO_DOMAIN"))?;
     let protocol = socket::get_int(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL).map_err(failed("SO_PROTOCOL"))?;
     let state = socket::poll(fd, libc::POLLIN | libc::POLLRDHUP).map_err(failed("poll"))?;

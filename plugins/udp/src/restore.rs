@@ -8,7 +8,8 @@ use crate::{
 use stasis_plugin_api::{
     HookError, Host, ObjectInfo, Result,
     socket::{
-        self, filter, inject, multicast,
+        self, filter, inject,
+        multicast::{self, Membership},
         options::{self, REUSE, Saved},
     },
 };
@@ -57,22 +58,9 @@ fn set_shared(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
         .map_err(|error| HookError::failed("setting SO_REUSEADDR", error))
 }
 
-fn memberships(record: &Socket) -> Result<Vec<multicast::Membership>> {
-    let bad = || HookError::invalid("a membership with an address that is none");
-    let one = |m: &v1::Membership| {
-        Ok(multicast::Membership {
-            interface: m.interface,
-            group: address(&m.group).ok_or_else(bad)?,
-            mode: m.mode,
-            sources: m.sources.iter().map(|s| address(s).ok_or_else(bad)).collect::<Result<_>>()?,
-        })
-    };
+fn memberships(record: &Socket) -> Result<Vec<Membership>> {
+    let one = |m: &v1::Membership| Membership::from_octets(m.interface, &m.group, m.mode, &m.sources);
     record.memberships.iter().map(one).collect()
-}
-
-fn address(octets: &[u8]) -> Option<IpAddr> {
-    let v4 = || <[u8; 4]>::try_from(octets).ok().map(IpAddr::from);
-    v4().or_else(|| <[u8; 16]>::try_from(octets).ok().map(IpAddr::from))
 }
 
 /// Queue, connection, and what must come after them.
@@ -121,7 +109,7 @@ fn fill(host: &Host<'_>, object: &ObjectInfo, record: &Socket, fd: BorrowedFd<'_
         if data.len() as u64 != saved.length {
             return Err(HookError::invalid("the image has less queued data than its record says"));
         }
-        let destination = match address(&saved.destination) {
+        let destination = match socket::ip_address(&saved.destination) {
             Some(destination) => destination,
             None => destination(record, &saved.sender)?,
         };

@@ -35,9 +35,13 @@ pub fn tests() -> Vec<Test> {
         }
         let points = RESTORE_POINTS / share;
         tests.push(Test::new(format!("sweep::{name}_in_restore"), move |test| {
-            over_restore(test, signal, points)
+            over_restore(test, "mixture", signal, points)
         }));
     }
+    // What has no descriptor and no owner: only the guardian can take it away.
+    tests.push(Test::new("sweep::kill_in_restore_segments", move |test| {
+        over_restore(test, "sysv_shm", Signal::SIGKILL, RESTORE_POINTS / 2)
+    }));
     for test in &mut tests {
         test.heavy = true;
     }
@@ -147,14 +151,31 @@ fn is_ours(pid: i32) -> bool {
     matches!(name.trim(), "stasis" | "stasis-guardian")
 }
 
-fn over_restore(test: &str, signal: Signal, points: u32) -> Result<(), Failure> {
-    let case = Case::start(test, "mixture")?;
+/// System V segments of the test's namespace.
+fn segments() -> Result<Vec<i32>, Failure> {
+    let table = fs::read_to_string("/proc/sysvipc/shm").doing("reading the table of segments")?;
+    Ok(table.lines().skip(1).filter_map(|line| line.split_ascii_whitespace().nth(1)?.parse().ok()).collect())
+}
+
+/// Removes them all: a dump leaves those that processes outside its tree could use.
+fn remove_segments() -> Result<(), Failure> {
+    for id in segments()? {
+        // SAFETY: takes no structure.
+        unsafe { nix::libc::shmctl(id, nix::libc::IPC_RMID, std::ptr::null_mut()) };
+    }
+    Ok(())
+}
+
+fn over_restore(test: &str, workload: &str, signal: Signal, points: u32) -> Result<(), Failure> {
+    let case = Case::start(test, workload)?;
     succeeded(case.dump("img", &[])?)?;
     case.stage.assert_gone(&case.before.pids)?;
+    remove_segments()?;
     let length = succeeded(case.restore("img", &[])?)?.took;
     case.unharmed()?;
     case.stage.kill_tree()?;
     for point in 0..points {
+        remove_segments()?;
         let delay = length * point / points;
         let command = case.tool.restore(&case.stage.dir.join("img"), &[]);
         interrupt(&case, command, delay, signal, point % 2 == 1)?;
@@ -163,6 +184,9 @@ fn over_restore(test: &str, signal: Signal, points: u32) -> Result<(), Failure> 
         settle(&case).map_err(at)?;
         if tree_gone(&case) {
             case.nothing_left().map_err(at)?;
+            if let left @ [_, ..] = segments()?.as_slice() {
+                return Err(at(Failure::Changed("segments", format!("some are left: {left:?}"))));
+            }
         } else {
             // The restore had ended, or as good as: then all of it must be there.
             case.unharmed().map_err(at)?;
