@@ -311,7 +311,8 @@ pub struct TaskInfo {
     pub pgid: i32,
     /// Session.
     pub sid: i32,
-    /// Pid as stasis sees it. On restore 0, except in lifecycle hooks from [`Event::Restored`] on.
+    /// Pid as stasis sees it. On restore 0, except in lifecycle hooks from [`Event::Restored`] on, and that of the root
+    /// at [`Event::Cloned`].
     pub host_pid: i32,
     /// Command name.
     pub name: RString,
@@ -403,6 +404,8 @@ pub enum Event {
     Aborted,
     /// `stasis unlock`: the image is given up, and what its dump kept outside for a restore must go.
     Unlock,
+    /// Restore: the root task exists, and waits; its id maps are written. All others will be forked by it.
+    Cloned,
 }
 
 /// Something the guardian does with a descriptor, whatever happens to the command and its plugins: see [`Host::undo`](crate::Host::undo).

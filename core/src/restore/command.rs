@@ -122,6 +122,7 @@ impl Command<'_> {
         self.guardian.borrow_mut().adopt(host_pid, None)?;
         self.action(Action::SetupNamespaces, Some(host_pid))?;
         self.prepare_namespaces(plans, host_pid)?;
+        self.event(plans, Event::Cloned, Some(&Outside::root_alone(plans, host_pid)))?;
         let mut permission =
             File::from(self.permission.try_clone().map_err(RestoreError::system("duplicate a pipe"))?);
         permission.write_all(&[1]).map_err(RestoreError::system("let the root task go on"))?;

@@ -61,6 +61,13 @@ impl Outside {
     }
 }
 
+impl Outside {
+    /// While nobody but the root task exists.
+    pub fn root_alone(plans: &Plans, host_pid: i32) -> Self {
+        Self { pids: BTreeMap::from([(plans.tree.nodes[0].pid, host_pid)]) }
+    }
+}
+
 fn refused<T>(what: &str) -> AbiResult<T> {
     RErr(HookError::invalid(format!("{what} is for dump only")))
 }

@@ -1,0 +1,88 @@
+//! `--freeze-cgroup`, in version 1 and 2.
+
+use super::{Groups, POINTS, cleared, expect, killed, same, tree};
+use stasis_tests::{launch::Flavour, scenario::Failure, suite::Test, tool::Tool};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+pub fn tests() -> Vec<Test> {
+    let mut tests = Vec::new();
+    for (version, controllers) in [("v1", "freezer"), ("v2", "")] {
+        tests.push(Test::new(format!("freezer::{version}"), move |test| freezer(test, controllers)));
+        tests.push(Test::new(format!("freezer::killed_{version}"), move |test| {
+            killed_dump(test, controllers)
+        }));
+    }
+    tests
+}
+
+fn group(groups: &Groups, controllers: &str) -> Result<PathBuf, Failure> {
+    let group = groups.directory(controllers, "");
+    group.ok_or_else(|| Failure::Skipped("no such hierarchy is mounted".into()))
+}
+
+/// Whether the group is thawed, in the words of its version.
+fn state(groups: &Groups, controllers: &str) -> Option<String> {
+    groups.get(controllers, "", if controllers.is_empty() { "cgroup.freeze" } else { "freezer.state" })
+}
+
+fn freeze(groups: &Groups, controllers: &str, frozen: bool) -> Result<(), Failure> {
+    match (controllers, frozen) {
+        ("", _) => groups.set("", "", "cgroup.freeze", if frozen { "1" } else { "0" }),
+        (_, true) => groups.set(controllers, "", "freezer.state", "FROZEN"),
+        (_, false) => groups.set(controllers, "", "freezer.state", "THAWED"),
+    }
+}
+
+/// A dump that leaves the tree running, of a tree that runs and of one that is frozen already; and one that kills it.
+fn freezer(test: &str, controllers: &str) -> Result<(), Failure> {
+    let (mut stage, tool, groups) = tree(test, "tree_groups", Flavour::Host)?;
+    let flag = format!("--freeze-cgroup={}", group(&groups, controllers)?.display());
+    let before = stage.look_when_still()?;
+    let thawed = state(&groups, controllers);
+    stage.dump(&tool, "running", &["-R", &flag])?;
+    same("the state", &state(&groups, controllers), &thawed)?;
+    stage.compare(&before, "the dump")?;
+    freeze(&groups, controllers, true)?;
+    let frozen = state(&groups, controllers);
+    expect(frozen != thawed, || format!("{frozen:?}"))?;
+    stage.dump(&tool, "frozen", &["-R", &flag])?;
+    cleared(|| {
+        let now = state(&groups, controllers);
+        if now == frozen { Vec::new() } else { vec![now] }
+    })?;
+    freeze(&groups, controllers, false)?;
+    stage.compare(&before, "the dump of a frozen tree")?;
+    let pids = stage.pids();
+    stage.dump(&tool, "img", &[&flag, "--manage-cgroups"])?;
+    stage.assert_gone(&pids)?;
+    stage.restore(&tool, "img", &[])?;
+    stage.compare(&before, "the restore")?;
+    stage.check("the restore")?;
+    same("the state", &state(&groups, controllers), &thawed)
+}
+
+/// The command dies at points spread over a dump; the group is always thawed.
+fn killed_dump(test: &str, controllers: &str) -> Result<(), Failure> {
+    let (stage, tool, groups) = tree(test, "tree_groups", Flavour::Host)?;
+    let flag = format!("--freeze-cgroup={}", group(&groups, controllers)?.display());
+    let before = stage.look_when_still()?;
+    let thawed = state(&groups, controllers);
+    let dump = |tool: &Tool, name: &str| tool.dump(stage.root, &stage.dir.join(name), &["-R", &flag]);
+    let began = Instant::now();
+    stage.tool(&mut dump(&tool, "whole"))?.ok()?;
+    let whole = began.elapsed();
+    for point in 0..POINTS {
+        let mut command = dump(&tool, &format!("img{point}"));
+        killed(&stage, &mut command, whole * point / POINTS, point % 2 == 1)?;
+        cleared(|| {
+            let now = state(&groups, controllers);
+            if now == thawed { Vec::new() } else { vec![now] }
+        })?;
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    stage.compare(&before, "killed dumps")?;
+    stage.check("killed dumps")
+}
