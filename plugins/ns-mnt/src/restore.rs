@@ -341,7 +341,9 @@ fn inherited(current: &[Line], mount: &Mount, kept: &[Option<u32>]) -> Result<u3
             None => !current.iter().any(|other| other.id == line.parent),
             Some(parent) => Some(line.parent) == parent && line.mountpoint == mount.mountpoint,
         };
-        place && (&line.root, &line.fstype, &line.source) == (&mount.root, &mount.fstype, &mount.source)
+        // What the root of a cgroup mount is called depends on the cgroup namespace of who asks, and this is another one.
+        let root = line.root == mount.root || line.fstype.starts_with("cgroup");
+        place && root && (&line.fstype, &line.source) == (&mount.fstype, &mount.source)
     });
     same.map(|line| line.id).ok_or_else(|| {
         let HostMount { source, fstype, mountpoint } = HostMount::of(mount);

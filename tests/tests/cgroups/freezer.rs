@@ -28,12 +28,24 @@ fn state(groups: &Groups, controllers: &str) -> Option<String> {
     groups.get(controllers, "", if controllers.is_empty() { "cgroup.freeze" } else { "freezer.state" })
 }
 
-fn freeze(groups: &Groups, controllers: &str, frozen: bool) -> Result<(), Failure> {
-    match (controllers, frozen) {
-        ("", _) => groups.set("", "", "cgroup.freeze", if frozen { "1" } else { "0" }),
-        (_, true) => groups.set(controllers, "", "freezer.state", "FROZEN"),
-        (_, false) => groups.set(controllers, "", "freezer.state", "THAWED"),
-    }
+/// Freezes or thaws it, and gives what `state` says from then on.
+fn freeze(groups: &Groups, controllers: &str, frozen: bool) -> Result<Option<String>, Failure> {
+    let (file, text) = match (controllers, frozen) {
+        ("", true) => ("cgroup.freeze", "1"),
+        ("", false) => ("cgroup.freeze", "0"),
+        (_, true) => ("freezer.state", "FROZEN"),
+        (_, false) => ("freezer.state", "THAWED"),
+    };
+    groups.set(controllers, "", file, text)?;
+    let wanted = Some(text.to_owned());
+    // For a while it is FREEZING.
+    becomes(groups, controllers, &wanted)?;
+    Ok(wanted)
+}
+
+/// Waits until the state is this one.
+fn becomes(groups: &Groups, controllers: &str, wanted: &Option<String>) -> Result<(), Failure> {
+    cleared(|| Some(state(groups, controllers)).filter(|now| now != wanted).into_iter().collect())
 }
 
 /// A dump that leaves the tree running, of a tree that runs and of one that is frozen already; and one that kills it.
@@ -45,14 +57,10 @@ fn freezer(test: &str, controllers: &str) -> Result<(), Failure> {
     stage.dump(&tool, "running", &["-R", &flag])?;
     same("the state", &state(&groups, controllers), &thawed)?;
     stage.compare(&before, "the dump")?;
-    freeze(&groups, controllers, true)?;
-    let frozen = state(&groups, controllers);
+    let frozen = freeze(&groups, controllers, true)?;
     expect(frozen != thawed, || format!("{frozen:?}"))?;
     stage.dump(&tool, "frozen", &["-R", &flag])?;
-    cleared(|| {
-        let now = state(&groups, controllers);
-        if now == frozen { Vec::new() } else { vec![now] }
-    })?;
+    becomes(&groups, controllers, &frozen)?;
     freeze(&groups, controllers, false)?;
     stage.compare(&before, "the dump of a frozen tree")?;
     let pids = stage.pids();
@@ -77,10 +85,7 @@ fn killed_dump(test: &str, controllers: &str) -> Result<(), Failure> {
     for point in 0..POINTS {
         let mut command = dump(&tool, &format!("img{point}"));
         killed(&stage, &mut command, whole * point / POINTS, point % 2 == 1)?;
-        cleared(|| {
-            let now = state(&groups, controllers);
-            if now == thawed { Vec::new() } else { vec![now] }
-        })?;
+        becomes(&groups, controllers, &thawed)?;
     }
     std::thread::sleep(Duration::from_millis(20));
     stage.compare(&before, "killed dumps")?;

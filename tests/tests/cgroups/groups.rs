@@ -122,6 +122,14 @@ impl Groups {
 
 impl Drop for Groups {
     fn drop(&mut self) {
+        // Frozen tasks cannot be killed (version 1), and nobody could clear them away.
+        for group in self.existing(&self.top) {
+            for (file, text) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+                if group.join(file).exists() {
+                    let _ = fs::write(group.join(file), text);
+                }
+            }
+        }
         let _ = self.remove(&self.top);
     }
 }

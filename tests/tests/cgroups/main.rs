@@ -180,9 +180,7 @@ fn modes(test: &str) -> Result<(), Failure> {
     let refused = |mode: &str, words: &str| {
         let images = stage.dir.join("img");
         let done = stage.tool(&mut tool.restore(&images, &[&format!("--manage-cgroups={mode}")]))?;
-        expect(!done.status.success() && done.said.contains(words), || {
-            format!("{mode}: {}", done.said)
-        })
+        expect(!done.status.success() && done.said.contains(words), || format!("{mode}: {}", done.said))
     };
     refused("strict", "is there already")?;
     groups.remove(&groups.top)?;
