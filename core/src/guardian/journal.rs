@@ -32,7 +32,7 @@ impl Freezer {
     pub fn freeze(directory: &Path, deadline: Instant, waiter: &mut Waiter) -> Result<Self, GuardianError> {
         let version_1 = directory.join("freezer.state").exists();
         let mut freezer = Self { directory: directory.to_path_buf(), version_1, was_frozen: false };
-        freezer.was_frozen = freezer.is_frozen()?;
+        freezer.was_frozen = freezer.is_to_be_frozen()?;
         freezer.set(true)?;
         if let Err(error) = freezer.wait_until_frozen(deadline, waiter) {
             let _ = freezer.put_back();
@@ -68,6 +68,13 @@ impl Freezer {
         let text =
             fs::read_to_string(self.directory.join(file)).map_err(|error| self.error("reading", &error))?;
         Ok(text.lines().any(|line| line == wanted))
+    }
+
+    /// Whether somebody wants it frozen, which may take a while, and is not the same as a group above it being frozen.
+    fn is_to_be_frozen(&self) -> Result<bool, GuardianError> {
+        let file = if self.version_1 { "freezer.self_freezing" } else { "cgroup.freeze" };
+        let text = fs::read_to_string(self.directory.join(file));
+        Ok(text.map_err(|error| self.error("reading", &error))?.trim() == "1")
     }
 
     fn set(&self, frozen: bool) -> Result<(), GuardianError> {

@@ -23,7 +23,9 @@ pub(crate) fn compare(current: &[Line], wanted: &[&Mount], moved: bool) -> Resul
     for mount in wanted {
         // Elsewhere, the source may be another place of another file system.
         let elsewhere = mount.class() == Class::Named || mount.removed != 0 || moved;
-        let root = (!elsewhere && mount.class() != Class::External).then_some(mount.root.as_str());
+        // Cgroup namespaces have names of their own for the root of a cgroup mount.
+        let renamed = mount.class() == Class::External || mount.fstype.starts_with("cgroup");
+        let root = (!elsewhere && !renamed).then_some(mount.root.as_str());
         let fstype = if elsewhere { "" } else { mount.fstype.as_str() };
         let name = shown(&mount.mountpoint, fstype, root, &mount.options);
         let of = |line: &Line| {

@@ -1,11 +1,8 @@
 //! `--freeze-cgroup`, in version 1 and 2.
 
-use super::{Groups, POINTS, cleared, expect, killed, same, tree};
+use super::{Groups, POINTS, cleared, expect, killed, same, traced, tree};
 use stasis_tests::{launch::Flavour, scenario::Failure, suite::Test, tool::Tool};
-use std::{
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{path::PathBuf, time::Instant};
 
 pub fn tests() -> Vec<Test> {
     let mut tests = Vec::new();
@@ -86,8 +83,8 @@ fn killed_dump(test: &str, controllers: &str) -> Result<(), Failure> {
         let mut command = dump(&tool, &format!("img{point}"));
         killed(&stage, &mut command, whole * point / POINTS, point % 2 == 1)?;
         becomes(&groups, controllers, &thawed)?;
+        cleared(|| stage.pids().into_iter().filter(|pid| traced(*pid)).collect())?;
     }
-    std::thread::sleep(Duration::from_millis(20));
     stage.compare(&before, "killed dumps")?;
     stage.check("killed dumps")
 }

@@ -309,7 +309,7 @@ fn killed_restore(test: &str) -> Result<(), Failure> {
         };
         // Late points may find the tree running, which is then as good as any.
         std::thread::sleep(Duration::from_millis(20));
-        if groups.existing(&groups.top).len() > 0 && alive().len() == pids.len() && !traced(pids[0]) {
+        if !groups.existing(&groups.top).is_empty() && alive().len() == pids.len() && !traced(pids[0]) {
             stage.kill_tree()?;
             groups.remove(&groups.top)?;
             continue;
