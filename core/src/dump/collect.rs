@@ -10,7 +10,7 @@ use super::{
 use crate::{
     files::{
         Names,
-        names::Allowed,
+        names::{Allowed, Space},
         table::{Entry, Handles, read_table},
     },
     image::records::{self, Header, MemoryMap},
@@ -88,7 +88,8 @@ pub(super) fn look(
         Allowed { ghost_limit: context.options.ghost_limit, link_remap: context.options.link_remap };
     let pids = tree.processes.iter().map(|process| process.pid).collect();
     let names = Names::new(allowed, &root.proc, mounts, users)?
-        .with_processes(pids, namespaces.is_foreign("pid", root));
+        .with_processes(pids, namespaces.is_foreign("pid", root))
+        .with_spaces(spaces(&tree, &namespaces)?);
     let mut objects = MappedObjects::new(names);
     let mut missing = Vec::new();
     let mut paths = Vec::with_capacity(living.len());
@@ -124,6 +125,21 @@ pub(super) fn look(
     };
     frozen.claim(context, &mut missing)?;
     Ok((frozen, missing))
+}
+
+/// Mount namespaces of tasks below the root.
+fn spaces(tree: &Tree, namespaces: &NamespaceMap) -> Result<Vec<Space>, DumpError> {
+    let root = tree.root().pid;
+    let others = namespaces.foreign.iter().filter(|one| one.kind == "mnt" && !one.members.contains(&root));
+    let mut spaces = Vec::new();
+    for namespace in others {
+        let members: Vec<&Process> = tree.living().filter(|p| namespace.members.contains(&p.pid)).collect();
+        if let Some(first) = members.first() {
+            let pids = members.iter().map(|process| process.worker()).collect();
+            spaces.push(Space::new(namespace.id, &first.proc, pids)?);
+        }
+    }
+    Ok(spaces)
 }
 
 impl FrozenTree {

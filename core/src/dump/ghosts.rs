@@ -63,6 +63,7 @@ fn outline(ghost: &Ghost) -> GhostFile {
         paths: ghost.paths.clone(),
         // A file that has both kinds of names was given one by linkat(2) and lost it again.
         nameless: if ghost.paths.is_empty() { ghost.nameless.clone() } else { Vec::new() },
+        space: ghost.space,
         accessed_s: stat.st_atime,
         accessed_ns: stat.st_atime_nsec as u32,
         modified_s: stat.st_mtime,

@@ -43,6 +43,8 @@ pub struct Ghost {
     pub owner: (u32, u32),
     /// A magic link of /proc that leads to it as long as the tree is frozen.
     pub source: PathBuf,
+    /// The mount namespace of its names, as in [`Space`]; 0 is that of the root task.
+    pub space: u32,
 }
 
 impl Ghost {
@@ -116,12 +118,39 @@ pub struct Processes {
     pub pids: HashSet<i32>,
 }
 
+/// A mount namespace of the tree other than that of its root task.
+#[derive(Debug, Clone)]
+pub struct Space {
+    /// Number of the namespace in the image.
+    pub id: u32,
+    /// Processes in it, as stasis sees them.
+    pub members: HashSet<i32>,
+    /// What precedes its paths where stasis is.
+    base: PathBuf,
+}
+
+impl Space {
+    /// The namespace that `member` is in.
+    pub fn new(id: u32, member: &ProcDir, members: HashSet<i32>) -> Result<Self, ProcError> {
+        Ok(Self { id, members, base: base(member)? })
+    }
+}
+
+/// What leads to the root of the mounts that a task sees, also from below a root directory of its own: `..` stops only at one's
+/// own root (path_resolution(7)).
+fn base(proc: &ProcDir) -> Result<PathBuf, ProcError> {
+    let root = proc.link("root")?;
+    let depth = Path::new(OsStr::from_bytes(&root)).components().count().saturating_sub(1);
+    Ok(format!("/proc/{}/root{}", proc.pid(), "/..".repeat(depth)).into())
+}
+
 /// Names of the files of a tree.
 #[derive(Debug, Default)]
 pub struct Names {
     allowed: Allowed,
-    /// What precedes the tree's paths where stasis is; `None` if that cannot be told.
-    base: Option<PathBuf>,
+    /// What precedes the root task's paths where stasis is.
+    base: PathBuf,
+    spaces: Vec<Space>,
     uids: IdTranslation,
     gids: IdTranslation,
     processes: Processes,
@@ -140,11 +169,7 @@ impl Names {
         foreign_mounts: bool,
         foreign_users: bool,
     ) -> Result<Self, ProcError> {
-        let base = match foreign_mounts {
-            false => Some(PathBuf::new()),
-            true if root.link("root")? == b"/" => Some(format!("/proc/{}/root", root.pid()).into()),
-            true => None,
-        };
+        let base = if foreign_mounts { base(root)? } else { PathBuf::new() };
         let ids = |file| match foreign_users {
             true => IdTranslation::read(root, file),
             false => Ok(IdTranslation::default()),
@@ -161,6 +186,22 @@ impl Names {
         // The machine's /proc shows a tree with numbers of its own by other numbers.
         self.processes = Processes { device: theirs.filter(|_| !foreign_pids || own != theirs), pids };
         self
+    }
+
+    /// Knows the mounts of other namespaces, too.
+    #[must_use]
+    pub fn with_spaces(self, spaces: Vec<Space>) -> Self {
+        Self { spaces, ..self }
+    }
+
+    /// The namespaces in which a task's file may have its name, and what precedes its paths: its own first.
+    fn spaces_of(&self, proc: &ProcDir) -> impl Iterator<Item = (u32, &Path)> {
+        let (own, others): (Vec<&Space>, Vec<&Space>) =
+            self.spaces.iter().partition(|space| space.members.contains(&proc.pid()));
+        fn pair(space: &Space) -> (u32, &Path) {
+            (space.id, &space.base)
+        }
+        own.into_iter().map(pair).chain([(0, self.base.as_path())]).chain(others.into_iter().map(pair))
     }
 
     /// For a file below /proc/PID: its path, and the process, if that is of the tree or dead.
@@ -189,16 +230,12 @@ impl Names {
 
     /// A path of the tree as stasis reaches it.
     pub fn outside(&self, path: &[u8]) -> PathBuf {
-        let mut place = self.base.clone().unwrap_or_default().into_os_string();
-        place.push(OsStr::from_bytes(path));
-        place.into()
+        joined(&self.base, path)
     }
 
-    /// Whether a path leads to an inode; unknown counts as yes.
+    /// Whether a path leads to an inode, by the mounts of the root task.
     fn leads(&self, path: &[u8], stat: &FileStat) -> bool {
-        self.base.is_none()
-            || lstat(&self.outside(path))
-                .is_ok_and(|found| (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino))
+        leads(&self.base, path, stat)
     }
 
     /// The reference to a file of a task: `file` is a magic link below /proc/PID, `link` its text, `stat` its inode.
@@ -222,7 +259,9 @@ impl Names {
             return Ok(path);
         }
         let shown_deleted = link.strip_suffix(DELETED);
-        if stat.st_nlink > 0 && self.leads(link, stat) {
+        let leading = |(_, base): &(u32, &Path)| stat.st_nlink > 0 && leads(base, link, stat);
+        if let Some((space, _)) = self.spaces_of(proc).find(leading) {
+            path.space = space;
             return Ok(path);
         }
         let Some(name) = shown_deleted.or((stat.st_nlink == 0).then_some(link)) else {
@@ -276,9 +315,18 @@ impl Names {
             None => {
                 let owner = self.check(stat)?;
                 let source = format!("/proc/{}/{file}", proc.pid()).into();
+                let directory = parent(name);
+                let same = |(_, base): &(u32, &Path)| {
+                    lstat(&joined(base, directory)).is_ok_and(|found| found.st_dev == stat.st_dev)
+                };
+                let space = self.spaces_of(proc).find(same).map_or(0, |(space, _)| space);
+                if space != 0 && stat.st_nlink > 0 {
+                    // The restore takes links away by the mounts of the root task.
+                    return Err(Refusal::Elsewhere);
+                }
                 let id = self.ghosts.len() as u32 + 1;
                 let (paths, nameless) = (Vec::new(), Vec::new());
-                self.ghosts.push(Ghost { id, paths, nameless, stat: *stat, owner, source });
+                self.ghosts.push(Ghost { id, paths, nameless, stat: *stat, owner, source, space });
                 self.by_inode.insert(key, self.ghosts.len() - 1);
                 self.ghosts.len() - 1
             }
@@ -312,6 +360,17 @@ impl Names {
         let inside = self.uids.inside_if_mapped(stat.st_uid).zip(self.gids.inside_if_mapped(stat.st_gid));
         inside.ok_or(Refusal::Owner(stat.st_uid, stat.st_gid))
     }
+}
+
+fn joined(base: &Path, path: &[u8]) -> PathBuf {
+    let mut place = base.as_os_str().to_owned();
+    place.push(OsStr::from_bytes(path));
+    place.into()
+}
+
+fn leads(base: &Path, path: &[u8], stat: &FileStat) -> bool {
+    let found = lstat(&joined(base, path));
+    found.is_ok_and(|found| (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino))
 }
 
 /// The directory part of an absolute path.

@@ -143,6 +143,9 @@ impl Place {
         let Some(path) = path else { return Ok(()) };
         self.field("a path", path.path.len(), is_path(&path.path))?;
         self.field("process of a path", path.process, (0..=MAX_PID).contains(&path.process))?;
+        if path.space != 0 {
+            self.exists(RecordKind::Namespace, &image.namespaces, path.space)?;
+        }
         if path.ghost == 0 {
             return Ok(());
         }

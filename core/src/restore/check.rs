@@ -3,6 +3,7 @@
 use super::{
     RestoreOptions,
     error::{RestoreError, Result},
+    namespaces::{self, Spaces},
     vdso::Vdso,
     world::{Plans, task_name},
 };
@@ -25,7 +26,7 @@ pub fn check(plans: &Plans, options: &RestoreOptions) -> Result<()> {
     externals(plans)?;
     session(plans, options)?;
     // Behind a mount namespace of the image, paths mean nothing yet; there the root task does this.
-    if has_mounts(plans) { Ok(()) } else { files(plans) }
+    if has_mounts(plans) { Ok(()) } else { files(plans, None) }
 }
 
 /// Whether the tasks have mounts of their own.
@@ -157,14 +158,14 @@ fn session(plans: &Plans, options: &RestoreOptions) -> Result<()> {
 
 /// Whether every file that the tasks need is there, and is what it was. The one place where that is looked at: files that
 /// change in the moment until they are opened are their changer's doing.
-pub fn files(plans: &Plans) -> Result<()> {
+pub fn files(plans: &Plans, spaces: Option<&Spaces>) -> Result<()> {
     let image = plans.image;
     let mut seen = HashSet::new();
     for task in image.tasks.iter().filter(|task| !task.zombie) {
         let own = [("executable", &task.exe), ("working directory", &task.cwd), ("root", &task.root)];
         for (use_of, path) in own {
             if let Some(path) = path.as_ref().filter(|path| seen.insert(*path)) {
-                file(plans, task, use_of, path)?;
+                file(plans, spaces, task, use_of, path)?;
             }
         }
         for vma in image.memory_maps.get(&task.mm).map_or(&[][..], |map| &map.vmas) {
@@ -172,7 +173,7 @@ pub fn files(plans: &Plans) -> Result<()> {
             let mapped = image.mapped_files.get(&vma.file).filter(|mapped| of_file && mapped.handle == 0);
             let path = mapped.and_then(|mapped| mapped.path.as_ref());
             if let Some(path) = path.filter(|path| seen.insert(*path)) {
-                file(plans, task, &format!("mapping {:#x}", vma.start), path)?;
+                file(plans, spaces, task, &format!("mapping {:#x}", vma.start), path)?;
             }
         }
     }
@@ -180,13 +181,13 @@ pub fn files(plans: &Plans) -> Result<()> {
         let none = Task { pid: handle.first_pid, ..Task::default() };
         let task = image.tasks.iter().find(|task| task.host_pid == handle.first_pid).unwrap_or(&none);
         if let Some(path) = handle.path.as_ref().filter(|path| seen.insert(*path)) {
-            file(plans, task, &format!("descriptor {}", handle.first_fd), path)?;
+            file(plans, spaces, task, &format!("descriptor {}", handle.first_fd), path)?;
         }
     }
     Ok(())
 }
 
-fn file(plans: &Plans, task: &Task, use_of: &str, path: &PathRef) -> Result<()> {
+fn file(plans: &Plans, spaces: Option<&Spaces>, task: &Task, use_of: &str, path: &PathRef) -> Result<()> {
     // Those the image brings along (the link to one that has other names is looked at when it is used), and those of
     // processes that do not exist yet.
     if path.ghost != 0 || path.process != 0 {
@@ -194,10 +195,13 @@ fn file(plans: &Plans, task: &Task, use_of: &str, path: &PathRef) -> Result<()> 
     }
     let place = PathBuf::from(OsStr::from_bytes(&path.path));
     // Paths of /proc resolve their links; what is a link here was opened as one (O_PATH).
-    let difference = match std::fs::symlink_metadata(&place) {
+    let found = namespaces::place(spaces, path, 0).ok_or(std::io::ErrorKind::NotFound.into());
+    let difference = match found.and_then(std::fs::symlink_metadata) {
         Err(error) => error.to_string(),
         Ok(_) if !plans.file_check => return Ok(()),
-        Ok(now) => match difference(path, &now, || File::open(&place)) {
+        Ok(now) => match difference(path, &now, || {
+            namespaces::place(spaces, path, 0).ok_or(std::io::ErrorKind::NotFound.into()).and_then(File::open)
+        }) {
             Ok(None) => return Ok(()),
             Ok(Some(difference)) => {
                 format!("{difference} (put it back as it was, or use --no-file-check)")

@@ -7,7 +7,7 @@ use super::{
     front::{Channel, CloneRequest, Message},
     ghosts,
     host::{Outside, RestoreHost},
-    pids, root,
+    namespaces, pids,
     shared::Shared,
     world::{Plans, task_name},
 };
@@ -198,13 +198,20 @@ impl Command<'_> {
     }
 
     fn clone_request(&self, plans: &Plans) -> CloneRequest {
-        let flags = plans.image.namespaces.values().fold(0, |flags, namespace| flags | namespace.clone_flag);
+        let flags = plans
+            .image
+            .namespaces
+            .values()
+            .filter(|one| namespaces::is_of_root(plans.image, one))
+            .fold(0, |flags, namespace| flags | namespace.clone_flag);
         CloneRequest { flags, pid: plans.tree.nodes[0].pid, sibling: self.options.sibling }
     }
 
     /// From outside, while the root task waits.
     fn prepare_namespaces(&self, plans: &Plans, host_pid: i32) -> Result<()> {
-        for (namespace, kind) in root::ordered(plans) {
+        for (namespace, kind) in
+            namespaces::ordered(plans).into_iter().filter(|(n, _)| namespaces::is_of_root(plans.image, n))
+        {
             let Some(kind) = kind else {
                 let what = format!("plugin {} knows no {} namespaces", namespace.plugin, namespace.kind);
                 return Err(RestoreError::Machine { what });

@@ -312,7 +312,8 @@ impl Planner<'_> {
         let needed = FIXED
             + own
             + (shards + parked + self.tree.nodes.len() + most) as i32
-            + super::ghosts::count(self.image);
+            + super::ghosts::count(self.image)
+            + super::namespaces::count(self.image);
         let mut first = 3;
         for number in used.iter().copied().chain([limit]) {
             if number - first >= needed {

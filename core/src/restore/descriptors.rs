@@ -138,7 +138,7 @@ impl<'a> TaskDescriptors<'a> {
 
     fn open(&self, handle: &Handle, path: &PathRef) -> Result<OwnedFd> {
         let flags = handle.status_flags as i32 & !CREATING | libc::O_CLOEXEC | libc::O_NOCTTY;
-        self.world.paths().open(path, flags).map_err(self.failed(format!(
+        self.world.paths(self.node).open(path, flags).map_err(self.failed(format!(
             "open {} for descriptor {}",
             paths::name(path).display(),
             handle.first_fd

@@ -7,6 +7,7 @@
 
 use super::{
     error::{RestoreError, Result},
+    namespaces::Spaces,
     shared::Shared,
     sys,
     world::World,
@@ -67,7 +68,7 @@ impl Ghosts {
         }
         let mut named = Vec::with_capacity(image.ghosts.len());
         {
-            let mut names = Made::new(world.shared);
+            let mut names = Made::new(world.shared, world.spaces.get());
             let (directories, others): (Vec<_>, Vec<_>) =
                 image.ghosts.values().partition(|ghost| kind(ghost) == libc::S_IFDIR);
             // From the top, so that a removed directory is found again by those that were in it.
@@ -148,23 +149,33 @@ struct Opened {
 }
 
 /// Names that exist for the moment. When this is dropped, they are gone.
-struct Made {
+struct Made<'a> {
     shared: Shared,
+    spaces: Option<&'a Spaces>,
     files: Vec<PathBuf>,
     directories: Vec<PathBuf>,
     /// Directories that existed before, with their times.
     touched: BTreeMap<PathBuf, FileStat>,
 }
 
-impl Made {
-    fn new(shared: Shared) -> Self {
+impl<'a> Made<'a> {
+    fn new(shared: Shared, spaces: Option<&'a Spaces>) -> Self {
         shared.hold();
-        Self { shared, files: Vec::new(), directories: Vec::new(), touched: BTreeMap::new() }
+        Self { shared, spaces, files: Vec::new(), directories: Vec::new(), touched: BTreeMap::new() }
+    }
+
+    /// Where a name of a ghost is for the root task.
+    fn place(&self, ghost: &GhostFile, path: &[u8]) -> nix::Result<PathBuf> {
+        let path = Path::new(OsStr::from_bytes(path));
+        match self.spaces {
+            Some(spaces) => spaces.place(ghost.space, path, 0).ok_or(Errno::ENOENT),
+            None => Ok(path.to_owned()),
+        }
     }
 
     fn make(&mut self, ghost: &GhostFile) -> nix::Result<Opened> {
         if !ghost.nameless.is_empty() {
-            let directory = PathBuf::from(OsStr::from_bytes(&ghost.nameless));
+            let directory = self.place(ghost, &ghost.nameless)?;
             self.make_directories(&directory)?;
             let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
             let file = open(&directory, flags, Mode::empty())?;
@@ -174,8 +185,8 @@ impl Made {
         }
         let mut opened = Opened { shown: Vec::with_capacity(ghost.paths.len()), writable: None };
         for path in &ghost.paths {
-            let wanted = PathBuf::from(OsStr::from_bytes(path));
-            let directory = PathBuf::from(OsStr::from_bytes(parent(path)));
+            let wanted = self.place(ghost, path)?;
+            let directory = self.place(ghost, parent(path))?;
             self.make_directories(&directory)?;
             let place = self.name(ghost, &wanted, &directory, &mut opened)?;
             let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -232,7 +243,7 @@ impl Made {
     }
 }
 
-impl Drop for Made {
+impl Drop for Made<'_> {
     fn drop(&mut self) {
         self.remove_files();
         for directory in self.directories.drain(..).rev() {

@@ -26,7 +26,7 @@ pub struct TaskFiles<'a> {
 impl OpenMapped for TaskFiles<'_> {
     fn open(&mut self, file: &MappedFile, write: bool) -> Result<File, MemoryError> {
         if file.handle == 0 {
-            return OpenMapped::open(&mut self.world.paths(), file, write);
+            return OpenMapped::open(&mut self.world.paths(self.node), file, write);
         }
         self.described(file.handle, write || file.writable).map_err(|source| {
             let path = file.path.as_ref().map_or(&[][..], |path| &path.path);

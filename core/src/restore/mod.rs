@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 1 processes of our own; the root task is forked on request | [`front`] | the first one |
 //! | 2 image, plugins, plans; whatever can be known to fail | [`command`], [`check`], [`pids`], [`tree_plan`], [`descriptor_plan`] | the command |
-//! | 3 namespaces, files without names | [`root`], [`ghosts`] | the root task |
+//! | 3 namespaces, files without names | [`root`], [`namespaces`], [`ghosts`] | the root task |
 //! | 4 process tree, sessions, groups, zombies | [`node`] | every task |
 //! | 5 descriptors: create, pull, link | [`descriptors`], [`host`] | every task |
 //! | 6 memory; then descriptors: settle | [`memory`], [`descriptors`] | every task |
@@ -24,6 +24,7 @@ mod host;
 mod locks;
 mod mapped;
 pub mod memory;
+mod namespaces;
 mod news;
 mod node;
 mod options;

@@ -5,12 +5,11 @@ use super::{
     blob::{RestorerCall, RestorerOptions},
     descriptors::TaskDescriptors,
     error::{RestoreError, Result},
-    ghosts::Ghosts,
     host::RestoreHost,
     locks,
     mapped::TaskFiles,
     memory::TaskMemory,
-    root, sys,
+    namespaces, root, sys,
     tree_plan::{NodeKind, Step},
     world::{World, memory_pid, task_name},
 };
@@ -50,6 +49,9 @@ impl<'a> Life<'a> {
     /// From birth to the restorer; ends in this process only by an error.
     pub fn live(self, mut memory: TaskMemory<'a>) -> Result<Infallible> {
         let world = self.world;
+        if let Some(spaces) = world.spaces.get() {
+            spaces.enter(&world.plans, self.node).map_err(self.failed("enter its namespaces"))?;
+        }
         let mut descriptors = TaskDescriptors::new(world, self.node);
         memory = self.grow_tree(memory, &mut descriptors)?;
         self.form_groups()?;
@@ -85,7 +87,7 @@ impl<'a> Life<'a> {
     ) -> Result<TaskMemory<'a>> {
         let world = self.world;
         let mut memory = memory;
-        memory.before_forks(&world.pages, &mut world.paths())?;
+        memory.before_forks(&world.pages, &mut world.paths(self.node))?;
         for step in &world.plans.tree.nodes[self.node].steps {
             match *step {
                 Step::Adopt => {
@@ -251,7 +253,7 @@ impl<'a> Life<'a> {
             forget_child_signals();
         }
         if self.node == 0 {
-            root::finish_namespaces(self.world)?;
+            namespaces::finish(self.world)?;
         }
         Ok(())
     }
@@ -347,7 +349,7 @@ impl<'a> Life<'a> {
     }
 
     fn open_own(&self, task: &Task, path: &PathRef, flags: i32, what: &str) -> Result<OwnedFd> {
-        let opened = self.world.paths().open(path, flags);
+        let opened = self.world.paths(self.node).open(path, flags);
         let moved = opened
             .and_then(|fd| sys::duplicate_above(fd.as_raw_fd(), self.world.plans.descriptors.service.first));
         moved.map_err(|error| self.path_failed(task, what, &path.path, error))
@@ -431,8 +433,7 @@ impl<'a> Life<'a> {
             self.barrier(self.world.plans.tree.live_tasks())?;
         }
         if sharers.get(&self.node).is_none_or(|filler| *filler == self.node) {
-            close.extend(&self.world.own);
-            close.extend(self.world.ghosts.get().into_iter().flat_map(Ghosts::descriptors));
+            close.extend(self.world.kept());
         }
         let parent = self.world.plans.image.task(task.ppid);
         let late_death_signals = parent.is_some_and(|parent| parent.dead_leader);
@@ -453,8 +454,7 @@ impl<'a> Life<'a> {
 /// may also hold what others have open for the moment.
 fn close_inherited(world: &World, was_shared: bool) -> Result<()> {
     if was_shared {
-        let ghosts = world.ghosts.get().into_iter().flat_map(Ghosts::descriptors);
-        return root::close_all_but(world.own.iter().copied().chain(ghosts).collect());
+        return root::close_all_but(world.kept().collect());
     }
     sys::close_range(world.parking, u32::MAX).map_err(RestoreError::system("close inherited descriptors"))
 }

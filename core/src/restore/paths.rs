@@ -3,6 +3,7 @@
 use super::{
     ghosts::Ghosts,
     memory::{MemoryError, OpenMapped},
+    namespaces::{self, Spaces},
 };
 use crate::image::records::{MappedFile, PathRef};
 use nix::{
@@ -26,6 +27,10 @@ use std::{
 pub struct Paths<'a> {
     /// Files without names.
     pub ghosts: Option<&'a Ghosts>,
+    /// Mount namespaces, if there are several.
+    pub spaces: Option<&'a Spaces>,
+    /// The one that this process is in.
+    pub here: u32,
 }
 
 impl Paths<'_> {
@@ -33,7 +38,8 @@ impl Paths<'_> {
     pub fn open(self, path: &PathRef, flags: i32) -> io::Result<OwnedFd> {
         if path.ghost == 0 {
             let flags = OFlag::from_bits_retain(flags | libc::O_CLOEXEC);
-            return Ok(open(name(path), flags, Mode::empty())?);
+            let place = namespaces::place(self.spaces, path, self.here).ok_or(Errno::ENOENT)?;
+            return Ok(open(&place, flags, Mode::empty())?);
         }
         let holder = self.ghosts.and_then(|ghosts| ghosts.holder(path)).ok_or(Errno::ENOENT)?;
         if path.mode & libc::S_IFMT == libc::S_IFLNK {

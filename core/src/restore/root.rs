@@ -6,8 +6,8 @@ use super::{
     check::{self, has_mounts},
     error::{RestoreError, Result},
     ghosts::Ghosts,
-    host::RestoreHost,
     memory::TaskMemory,
+    namespaces::{self, Spaces},
     news,
     node::{Life, leave},
     shared::Shared,
@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     front::{CRASHES, default_crashes},
-    image::records::NamespaceObject,
-    plugins::{CallContext, HookWatch, NamespaceKind, PluginError},
+    plugins::HookWatch,
+    proc::ProcDir,
 };
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use std::{
@@ -87,11 +87,15 @@ fn prepare(setup: RootSetup<'_>) -> Result<&'static World> {
     let world: &'static World = Box::leak(Box::new(World::new(plans, shared, watch)?));
     wait_for_permission(permission)?;
     become_root_inside(&world.plans)?;
-    namespaces(world, |context, kind, record| context.enter_namespace(kind, record))?;
+    // The tree may see no /proc, or another one.
+    let proc = ProcDir::open_self().map_err(|error| RestoreError::Machine { what: error.to_string() })?;
+    namespaces::enter(world)?;
+    // There is only one cell and only this task to fill it; likewise below.
+    let _ = world.spaces.set(Spaces::make(world, &proc)?);
+    drop(proc);
     if has_mounts(&world.plans) {
-        check::files(&world.plans)?;
+        check::files(&world.plans, world.spaces.get())?;
     }
-    // There is only one cell and only this task to fill it.
     let _ = world.ghosts.set(Ghosts::make(world)?);
     Ok(world)
 }
@@ -145,58 +149,4 @@ fn become_root_inside(plans: &Plans) -> Result<()> {
     set.map_err(|errno| RestoreError::system("become root of the new user namespace")(errno.into()))?;
     // Lost with the old ids; without it files below /proc/self belong to a stranger.
     sys::prctl(libc::PR_SET_DUMPABLE, 1).map(drop).map_err(RestoreError::system("set PR_SET_DUMPABLE"))
-}
-
-/// Namespaces of the image, each after those that its kind comes after.
-pub fn ordered(plans: &Plans) -> Vec<(&'static NamespaceObject, Option<&NamespaceKind>)> {
-    let mut rest: Vec<&'static NamespaceObject> = plans.image.namespaces.values().collect();
-    let kind =
-        |namespace: &NamespaceObject| plans.registry.namespace_kind(&namespace.plugin, &namespace.kind);
-    let mut order = Vec::with_capacity(rest.len());
-    while !rest.is_empty() {
-        let ready = rest.iter().position(|namespace| {
-            let after = kind(namespace).map_or(&[][..], |kind| &kind.declaration.after[..]);
-            !rest.iter().any(|other| after.iter().any(|name| name.as_str() == other.kind))
-        });
-        // A cycle of kinds is broken at the first: the order is only a wish of their authors.
-        let namespace = rest.remove(ready.unwrap_or(0));
-        order.push((namespace, kind(namespace)));
-    }
-    order
-}
-
-fn namespaces(
-    world: &World,
-    hook: impl Fn(
-        &CallContext<'_, RestoreHost<'_>>,
-        &NamespaceKind,
-        &[u8],
-    ) -> std::result::Result<(), PluginError>,
-) -> Result<()> {
-    let pid = world.plans.tree.nodes[0].pid;
-    for (namespace, kind) in ordered(&world.plans) {
-        let Some(kind) = kind else {
-            let what = format!("plugin {} knows no {} namespaces", namespace.plugin, namespace.kind);
-            return Err(RestoreError::Machine { what });
-        };
-        let host = RestoreHost {
-            plans: &world.plans,
-            world: Some(world),
-            plugin: &namespace.plugin,
-            node: 0,
-            pid,
-            outside: None,
-            guardian: None,
-        };
-        let resource = format!("{} namespace", namespace.kind);
-        let context =
-            CallContext { watch: world.watch, host: &host, task: pid, task_name: "", resource: &resource };
-        hook(&context, kind, &namespace.record)?;
-    }
-    Ok(())
-}
-
-/// When all descriptors are settled.
-pub fn finish_namespaces(world: &World) -> Result<()> {
-    namespaces(world, |context, kind, record| context.finish_namespace(kind, record))
 }

@@ -7,6 +7,7 @@ use super::{
     error::{RestoreError, Result},
     ghosts::{self, Ghosts},
     memory::{MemoryPlan, PageFiles, Parent, Records},
+    namespaces::{self, Spaces},
     paths::Paths,
     shared::Shared,
     sys,
@@ -127,6 +128,8 @@ pub struct World {
     pub pages: PageFiles,
     /// Files without their names; empty until the root task has made them.
     pub ghosts: OnceCell<Ghosts>,
+    /// Namespaces of tasks below the root; empty until the root task has made them.
+    pub spaces: OnceCell<Spaces>,
     /// Blobs of plugins.
     pub blobs: RefCell<BlobStore<'static>>,
     /// Stage, failure, slots.
@@ -169,9 +172,18 @@ impl Inherited {
 }
 
 impl World {
-    /// How paths of the image are opened.
-    pub fn paths(&self) -> Paths<'_> {
-        Paths { ghosts: self.ghosts.get() }
+    /// How paths of the image are opened by the process of a node.
+    pub fn paths(&self, node: usize) -> Paths<'_> {
+        let spaces = self.spaces.get();
+        let here = spaces.map_or(0, |spaces| spaces.mounts_of(&self.plans, node));
+        Paths { ghosts: self.ghosts.get(), spaces, here }
+    }
+
+    /// Descriptors of our own, which every process has and the restorer closes.
+    pub fn kept(&self) -> impl Iterator<Item = i32> {
+        let ghosts = self.ghosts.get().into_iter().flat_map(Ghosts::descriptors);
+        let spaces = self.spaces.get().into_iter().flat_map(Spaces::descriptors);
+        self.own.iter().copied().chain(ghosts).chain(spaces)
     }
 
     /// In the root task: opens what is needed, at numbers that no table of the image uses.
@@ -196,13 +208,31 @@ impl World {
             let old = file.try_clone().map_err(RestoreError::system("duplicate a descriptor"))?;
             *file = move_up(old)?;
         }
-        let parking = first + FIXED + last as i32 + plans.inherited.len() as i32 + ghosts::count(image);
+        let parking = first
+            + FIXED
+            + last as i32
+            + plans.inherited.len() as i32
+            + ghosts::count(image)
+            + namespaces::count(image);
         let memory = memory_plan(&plans)?;
         let locations = Locations::new(image)?;
         let blobs = RefCell::new(blobs);
         let inherited = Inherited::read()?;
-        let ghosts = OnceCell::new();
-        Ok(Self { plans, memory, pages, ghosts, blobs, shared, watch, locations, own, parking, inherited })
+        let (ghosts, spaces) = (OnceCell::new(), OnceCell::new());
+        Ok(Self {
+            plans,
+            memory,
+            pages,
+            ghosts,
+            spaces,
+            blobs,
+            shared,
+            watch,
+            locations,
+            own,
+            parking,
+            inherited,
+        })
     }
 }
 

@@ -136,6 +136,8 @@ fn save(
             contents::save(tree, &line.mountpoint, &maps, &mut host.blob_writer(&blob))?;
         }
     }
+    // Each mount that goes waits for all processors, for which the frozen tree need not wait.
+    std::thread::spawn(move || drop(trees));
     Ok(())
 }
 

@@ -65,15 +65,20 @@ fn widest(mounts: &[Mount], group: u32) -> Option<usize> {
 /// Mounts of the host's groups, by which others join these.
 pub(crate) type Outside = BTreeMap<u32, OwnedFd>;
 
-/// Puts private mounts into their groups. `trees` are the mounts, in the order of `mounts`.
-pub(crate) fn apply(mounts: &[Mount], trees: &[Option<OwnedFd>], outside: &Outside) -> Result<()> {
-    let mut state = State { mounts, trees, outside, first: BTreeMap::new() };
+/// Puts private mounts into their groups. `trees` are the mounts, in the order of `mounts`; `enter` goes to a namespace, since
+/// only from there its mounts' propagation can be set.
+pub(crate) fn apply(
+    mounts: &[Mount],
+    trees: &[Option<OwnedFd>],
+    outside: &Outside,
+    enter: &dyn Fn(u32) -> Result<()>,
+) -> Result<()> {
+    let mut state = State { mounts, trees, outside, enter, first: BTreeMap::new() };
     for index in 0..mounts.len() {
         state.join(index, 0)?;
     }
-    for (index, mount) in mounts.iter().enumerate().filter(|(_, mount)| mount.unbindable) {
-        let set = set_propagation(state.tree(index)?, libc::MS_UNBINDABLE);
-        set.map_err(|error| HookError::failed(format!("making {} unbindable", mount.mountpoint), error))?;
+    for (index, _) in mounts.iter().enumerate().filter(|(_, mount)| mount.unbindable) {
+        state.set(index, libc::MS_UNBINDABLE, "the propagation")?;
     }
     Ok(())
 }
@@ -82,6 +87,7 @@ struct State<'a> {
     mounts: &'a [Mount],
     trees: &'a [Option<OwnedFd>],
     outside: &'a Outside,
+    enter: &'a dyn Fn(u32) -> Result<()>,
     /// The member of each group by which others join.
     first: BTreeMap<u32, usize>,
 }
@@ -97,6 +103,11 @@ impl State<'_> {
     fn failed(&self, index: usize, what: String) -> impl FnOnce(std::io::Error) -> HookError {
         let place = self.mounts[index].mountpoint.clone();
         move |error| HookError::failed(format!("{what} of {place}"), error)
+    }
+
+    fn set(&self, index: usize, propagation: u64, what: &str) -> Result<()> {
+        (self.enter)(self.mounts[index].namespace)?;
+        set_propagation(self.tree(index)?, propagation).map_err(self.failed(index, what.to_owned()))
     }
 
     /// Puts a mount into its groups, after those that they depend on. `depth` ends cycles of a hostile image.
@@ -128,8 +139,7 @@ impl State<'_> {
             self.receive(index, depth)?;
         }
         if mount.group != 0 {
-            let shared = set_propagation(self.tree(index)?, libc::MS_SHARED);
-            shared.map_err(self.failed(index, "the sharing".into()))?;
+            self.set(index, libc::MS_SHARED, "the sharing")?;
         }
         Ok(())
     }
@@ -148,7 +158,7 @@ impl State<'_> {
             }
             join_groups(self.tree(first)?, self.tree(index)?).map_err(self.failed(index, what.clone()))?;
         }
-        set_propagation(self.tree(index)?, libc::MS_SLAVE).map_err(self.failed(index, what))
+        self.set(index, libc::MS_SLAVE, &what)
     }
 }
 

@@ -134,12 +134,14 @@ impl<'a, 'h> Builder<'a, 'h> {
             self.put_together(number)?;
         }
         self.names.clear();
-        propagation::apply(mounts, &self.trees, &self.outside)?;
-        for (number, namespace) in made.iter().enumerate() {
-            if made.len() > 1 {
-                enter_namespace(namespace)?;
-            }
-            let of_this = mounts.iter().filter(|mount| mount.namespace == number as u32);
+        let enter = |number: u32| match made.get(number as usize).filter(|_| made.len() > 1) {
+            Some(namespace) => enter_namespace(namespace),
+            None => Ok(()),
+        };
+        propagation::apply(mounts, &self.trees, &self.outside, &enter)?;
+        for number in 0..count {
+            enter(number)?;
+            let of_this = mounts.iter().filter(|mount| mount.namespace == number);
             compare(&self.proc.mounts()?, &of_this.collect::<Vec<_>>(), self.moved_root())?;
         }
         Ok(made)

@@ -1,4 +1,4 @@
-//! UTS namespaces: uts_namespaces(7). One of the whole tree: its host name and its NIS domain name.
+//! UTS namespaces: uts_namespaces(7). Its host name and its NIS domain name.
 
 use nix::sys::utsname::uname;
 use stasis_plugin_api::{
@@ -32,7 +32,6 @@ impl Namespace for Uts {
     }
 
     fn dump(&self, host: &Host<'_>, namespace: &NamespaceInfo) -> Result<DumpedNamespace<UtsNamespace>> {
-        namespace::whole_tree(host, namespace)?;
         let record = namespace::within(&namespace::member(host, namespace)?, "uts", names)?;
         Ok(DumpedNamespace { record, version: 1 })
     }

@@ -210,6 +210,7 @@ workloads! {
     mnt_flags: "per-mount flags; files on all of them";
     mnt_kinds: "overlay, mqueue, sysfs, devpts, hugetlbfs, binfmt_misc and others";
     mnt_pivot: "a root of its own by pivot_root, with a chroot inside";
+    mnt_nested: "several mount namespaces in one tree";
     mnt_root: "a tmpfs as root, without proc";
     fds_mixed: "15,000 descriptors of mixed kinds", heavy;
     mixture: "many behaviours in one tree";
