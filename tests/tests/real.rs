@@ -21,7 +21,7 @@ struct Program {
     flags: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 8] = [
+const PROGRAMS: [Program; 10] = [
     Program {
         name: "python",
         interpreter: "python3",
@@ -79,6 +79,34 @@ const PROGRAMS: [Program; 8] = [
         argv: |exe, dir| {
             let python = find("python3").unwrap_or_else(|| "/usr/bin/python3".into());
             vec![python.to_string_lossy().into(), script("redis.py"), dir.into(), exe.into()]
+        },
+        steady: false,
+        verifies: true,
+        flags: &[],
+    },
+    Program {
+        name: "unshare",
+        interpreter: "unshare",
+        argv: |exe, dir| {
+            let python = find("python3").unwrap_or_else(|| "/usr/bin/python3".into());
+            let python = python.to_string_lossy();
+            [exe, "-m", "-u", "-i", "-n", "-C", &python, &script("threads.py"), dir].map(str::to_owned).into()
+        },
+        steady: false,
+        verifies: true,
+        flags: &[],
+    },
+    Program {
+        name: "chroot",
+        interpreter: "unshare",
+        argv: |exe, dir| {
+            let python = find("python3").unwrap_or_else(|| "/usr/bin/python3".into());
+            let script = format!(
+                "mkdir {dir}/root && mount --rbind / {dir}/root && exec chroot {dir}/root {} {} {dir}",
+                python.display(),
+                script("threads.py")
+            );
+            [exe, "-m", "sh", "-c", &script].map(str::to_owned).into()
         },
         steady: false,
         verifies: true,

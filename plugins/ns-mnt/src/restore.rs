@@ -7,7 +7,7 @@ use crate::{
     MountNamespace,
     compare::compare,
     external::{self, External},
-    inside::OwnProc,
+    inside::{OwnProc, Space},
     kernel::{attach, clone_mount, clone_path, mount_id, open_place, open_within, set_flags},
     make::{self, Source},
     mountinfo::{self, Line, below},
@@ -23,7 +23,7 @@ use nix::{
 };
 use stasis_plugin_api::{HookError, Host, Result};
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fs::File,
     os::fd::{AsFd, OwnedFd},
     sync::{Mutex, PoisonError},
@@ -72,6 +72,8 @@ struct Builder<'a, 'h> {
     /// Where each is to be attached, if that can be told before others are.
     places: Vec<Option<OwnedFd>>,
     attached: Vec<bool>,
+    /// Copies of what stasis's namespace has and others cover, by the mounts that show it, too.
+    covered: BTreeMap<usize, OwnedFd>,
     /// Names of what was removed, until everything is attached.
     names: Vec<removed::Name>,
 }
@@ -108,7 +110,18 @@ impl<'a, 'h> Builder<'a, 'h> {
         let proc = OwnProc::open("/proc/self")?;
         let none = || (0..count).map(|_| None).collect::<Vec<Option<OwnedFd>>>();
         let (trees, places, attached, names) = (none(), none(), vec![false; count], Vec::new());
-        Ok(Self { host, record, proc, sources, outside, trees, places, attached, names })
+        Ok(Self {
+            host,
+            record,
+            proc,
+            sources,
+            outside,
+            trees,
+            places,
+            attached,
+            covered: BTreeMap::new(),
+            names,
+        })
     }
 
     /// Makes all namespaces; gives them in their order.
@@ -192,6 +205,10 @@ impl<'a, 'h> Builder<'a, 'h> {
     fn part(&mut self, index: usize) -> Result<OwnedFd> {
         let mount = &self.record.mounts[index];
         let of = &self.record.mounts[mount.of as usize];
+        if let Some(copy) = self.covered.remove(&index) {
+            make::prepare(mount, &copy)?;
+            return Ok(copy);
+        }
         let tree = self.trees[mount.of as usize].as_ref().ok_or_else(|| {
             HookError::invalid(format!(
                 "{} shows a part of {}, which is hidden",
@@ -293,6 +310,7 @@ impl<'a, 'h> Builder<'a, 'h> {
                 kept[index] = Some(inherited(&current, mount, &kept)?);
             }
         }
+        self.find_covered(&current, &kept)?;
         // Children come after their parents, so the topmost goes first.
         for line in current.iter().rev().filter(|line| !kept.contains(&Some(line.id))) {
             let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
@@ -325,6 +343,30 @@ impl<'a, 'h> Builder<'a, 'h> {
                 })?;
             }
             self.trees[index] = Some(place);
+        }
+        Ok(())
+    }
+}
+
+impl Builder<'_, '_> {
+    /// Copies what is covered for each mount that shows it too. `kept` are the numbers of mounts that are there already.
+    fn find_covered(&mut self, current: &[Line], kept: &[Option<u32>]) -> Result<()> {
+        let mounts = &self.record.mounts;
+        let hidden = |line: &&Line| {
+            let place = open_place(&line.mountpoint).ok();
+            place.is_none_or(|place| mount_id(place.as_fd()).map_or(true, |there| there != line.id))
+        };
+        let whole = |mount: &Mount| mount.class() == Class::Internal && mount.within.is_empty();
+        for (index, mount) in mounts.iter().enumerate().filter(|(_, mount)| whole(mount)) {
+            let of = kept.get(mount.of as usize).copied().flatten();
+            let line = current.iter().find(|line| Some(line.id) == of).filter(hidden);
+            let Some(line) = line.filter(|_| mount.removed == 0) else { continue };
+            let path = "/proc/self";
+            let opened = File::open(path);
+            let proc = opened.map_err(|error| HookError::failed(format!("opening {path}"), error))?;
+            // A copy for each: copies from another namespace cannot be copied again (may_copy_tree, fs/namespace.c).
+            let copies = Space { proc, ino: 0 }.open_mounts(&[line])?;
+            self.covered.extend(copies.into_values().map(|copy| (index, copy)));
         }
         Ok(())
     }
