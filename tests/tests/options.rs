@@ -4,6 +4,7 @@ use std::fs;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
@@ -22,6 +23,9 @@ fn main() -> ExitCode {
         Test::new("restore::pidfile", pidfile),
         Test::new("dump::shell_job", shell_job),
         Test::new("dump::json_error", json_error),
+        Test::new("mounts::elsewhere", elsewhere),
+        Test::new("mounts::masters", |test| host_groups(test, "slave", "--enable-external-masters")),
+        Test::new("mounts::sharing", |test| host_groups(test, "unchanged", "--enable-external-sharing")),
         Test::new("plugins::without", without),
         Test::new("plugins::subset", subset),
     ])
@@ -40,6 +44,111 @@ fn status(pid: i32, field: &str) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     line.unwrap_or_default().trim().to_owned()
+}
+
+/// A root of its own with nothing but busybox, in which a mount shows a directory of the machine.
+const ROOTED: &str = r#"set -e
+mkdir -p root/bin root/proc root/data root/control root/old outside
+cp "$1" root/bin/busybox
+echo one >outside/file
+mount --bind root root
+mount -t proc proc root/proc
+mount --bind . root/control
+mount --bind outside root/data
+cd root
+pivot_root . old
+exec /bin/busybox chroot . /bin/busybox sh -c '
+    cd /
+    busybox umount -l /old
+    exec </control/work/.in >>/control/work/.out 2>&1
+    echo >/control/ready
+    n=0
+    while :; do
+        n=$((n+1))
+        echo $n >/count
+        read line </data/file
+        echo "$line" >/seen
+        busybox usleep 10000
+    done'
+"#;
+
+/// `--root`, and `--external mnt[...]` on both sides: restored as on another machine, with the root and an external directory
+/// at other places.
+fn elsewhere(test: &str) -> Result<(), Failure> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let busybox = std::env::split_paths(&path).map(|dir| dir.join("busybox")).find(|file| file.exists());
+    let busybox = busybox.ok_or_else(|| Failure::Skipped("busybox is not installed".into()))?;
+    let (dir, tool) = (Stage::fresh_dir(test)?, Tool::discover().doing("finding the tool")?);
+    fs::write(dir.join("script"), ROOTED).doing("writing the script")?;
+    let script = format!("cd {0} && exec sh {0}/script {1}", dir.display(), busybox.display());
+    let argv = ["/bin/sh", "-c", &script];
+    let mut stage = Stage::start_command(&dir, Flavour::Ns, &argv, PATIENCE)?;
+    let pids = stage.pids();
+    stage.dump(&tool, "img", &["--external", "mnt[/data]:shared"])?;
+    stage.assert_gone(&pids)?;
+    fs::rename(dir.join("root"), dir.join("moved")).doing("moving the root")?;
+    fs::rename(dir.join("outside"), dir.join("other")).doing("moving the directory")?;
+    fs::write(dir.join("other/file"), "two\n").doing("writing the file")?;
+    let number =
+        || fs::read_to_string(dir.join("moved/count")).unwrap_or_default().trim().parse().unwrap_or(0);
+    let before: u64 = number();
+    let root = format!("--root={}", dir.join("moved").display());
+    let source = format!("mnt[shared]:{}", dir.join("other").display());
+    for (given, missing) in [(vec![root.as_str()], "mnt[shared]"), (vec!["--external", &source], "root")] {
+        let done = stage.tool(&mut tool.restore(&dir.join("img"), &given))?;
+        expect(!done.status.success() && done.said.contains(missing), &format!("{missing}: {}", done.said))?;
+    }
+    stage.restore(&tool, "img", &[&root, "--external", &source])?;
+    let seen = || fs::read_to_string(dir.join("moved/seen")).unwrap_or_default();
+    let began = std::time::Instant::now();
+    while number() < before + 3 || seen().trim() != "two" {
+        if began.elapsed() > PATIENCE {
+            return wrong(format!("it counts {}, was {before}, and sees {:?}", number(), seen()));
+        }
+        pause(Duration::from_millis(5));
+    }
+    stage.kill_tree()?;
+    fs::remove_dir_all(&dir).doing("removing the directory")
+}
+
+/// A tree with mounts of its own that hears of new mounts of the machine, as before.
+fn host_groups(test: &str, propagation: &str, flag: &str) -> Result<(), Failure> {
+    let none: Option<&str> = None;
+    let (dir, tool) = (Stage::fresh_dir(test)?, Tool::discover().doing("finding the tool")?);
+    let (common, late, seen) = (dir.join("common"), dir.join("common/late"), dir.join("work/seen"));
+    fs::create_dir(&common).doing("making a directory")?;
+    mount(Some("common"), &common, Some("tmpfs"), MsFlags::empty(), none).doing("mounting a tmpfs")?;
+    mount(none, &common, none, MsFlags::MS_SHARED, none).doing("sharing it")?;
+    fs::create_dir(&late).doing("making a directory")?;
+    let script = format!(
+        "echo >{0}/ready; while :; do [ -e {0}/common/late/mark ] && echo yes >{0}/work/seen; sleep 0.02; done",
+        dir.display()
+    );
+    let unshare = format!("exec unshare -m --propagation {propagation} sh -c '{script}'");
+    let argv = ["/bin/sh", "-c", &unshare];
+    let mut stage = Stage::start_command(&dir, Flavour::Host, &argv, PATIENCE)?;
+    let pids = stage.pids();
+    fs::create_dir_all(dir.join("img")).doing("making the image directory")?;
+    let refused = stage.tool(&mut tool.dump(stage.root, &dir.join("img"), &[]))?;
+    expect(refused.said.contains(flag), &format!("without {flag}: {}", refused.said))?;
+    stage.dump(&tool, "img", &[flag])?;
+    stage.assert_gone(&pids)?;
+    stage.restore(&tool, "img", &[])?;
+    expect(!seen.exists(), "it has seen the mount before it was there")?;
+    mount(Some("late"), &late, Some("tmpfs"), MsFlags::empty(), none).doing("mounting another tmpfs")?;
+    fs::write(late.join("mark"), "").doing("writing a file")?;
+    let began = std::time::Instant::now();
+    while !seen.exists() {
+        if began.elapsed() > PATIENCE {
+            return wrong("it does not hear of a new mount".into());
+        }
+        pause(Duration::from_millis(5));
+    }
+    stage.kill_tree()?;
+    for place in [&late, &common] {
+        umount2(place, MntFlags::MNT_DETACH).doing("unmounting")?;
+    }
+    fs::remove_dir_all(&dir).doing("removing the directory")
 }
 
 /// A workload that was dumped and is gone.
