@@ -58,7 +58,7 @@ pub(crate) fn all(host: &Host<'_>, id: u32, spaces: &[Space], ours: &[Line]) -> 
     let mut theirs = Vec::new();
     for (number, space) in spaces.iter().enumerate() {
         let asked = std::mem::take(&mut external.pairs);
-        let (lines, found) = space.run(|own| Ok((own.mounts()?, resolved(asked))))?;
+        let (lines, found) = space.run(|own| Ok((space.mounts(own)?, resolved(asked))))?;
         external.pairs = found;
         theirs.extend(lines.into_iter().map(|line| Line { namespace: number, ..line }));
     }

@@ -72,6 +72,31 @@ impl Space {
         })
     }
 
+    /// All mounts; `own` is that of the thread. Roots of cgroup mounts are called as in the cgroup namespace of the task, which may be
+    /// their only name when they are mounted anew; those above its root keep the name that stasis has for them.
+    pub fn mounts(&self, own: &OwnProc) -> Result<Vec<Line>> {
+        let mut lines = own.mounts()?;
+        let is_cgroup = |line: &Line| line.fstype.starts_with("cgroup");
+        if !lines.iter().any(is_cgroup) {
+            return Ok(lines);
+        }
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        let namespace = rustix::fs::openat(&self.proc, "ns/cgroup", flags, rustix::fs::Mode::empty())
+            .map_err(|errno| HookError::failed("opening the cgroup namespace of a task", errno))?;
+        // SAFETY: changes this thread alone, which ends soon.
+        if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWCGROUP) } < 0 {
+            return Err(failed("entering the cgroup namespace of a task"));
+        }
+        let roots: HashMap<u32, String> =
+            own.mounts()?.into_iter().map(|line| (line.id, line.root)).collect();
+        for line in lines.iter_mut().filter(|line| is_cgroup(line)) {
+            if let Some(root) = roots.get(&line.id).filter(|root| !root.starts_with("/..")) {
+                line.root.clone_from(root);
+            }
+        }
+        Ok(lines)
+    }
+
     /// Detached copies of mounts, without those that lie on them, by their numbers.
     pub fn open_mounts(&self, wanted: &[&Line]) -> Result<HashMap<u32, OwnedFd>> {
         if wanted.is_empty() {

@@ -20,9 +20,36 @@ const ROUNDS: u32 = 3;
 
 pub fn tests() -> Vec<Test> {
     vec![
-        Test::new("runc::checkpoint", |test| container(test, false)),
-        Test::new("runc::leave_running", |test| container(test, true)),
+        Test::new("runc::checkpoint", |test| container(test, false, |_, _| {})),
+        Test::new("runc::leave_running", |test| container(test, true, |_, _| {})),
+        Test::new("runc::cgroup_namespace", |test| container(test, false, cgroup_namespace)),
+        Test::new("runc::volume", |test| container(test, false, volume)),
     ]
+}
+
+/// Changes a configuration; the directory is the bundle's.
+type Change = fn(config: &mut serde_json::Value, bundle: &Path);
+
+fn push(list: &mut serde_json::Value, item: serde_json::Value) {
+    if let Some(list) = list.as_array_mut() {
+        list.push(item);
+    }
+}
+
+fn cgroup_namespace(config: &mut serde_json::Value, _: &Path) {
+    push(&mut config["linux"]["namespaces"], serde_json::json!({ "type": "cgroup" }));
+}
+
+/// A directory of the machine, on which the counter writes.
+fn volume(config: &mut serde_json::Value, bundle: &Path) {
+    let source = bundle.join("rootfs/tmp");
+    let mount = serde_json::json!({
+        "destination": "/data", "type": "bind", "source": source, "options": ["rbind", "rw"]
+    });
+    push(&mut config["mounts"], mount);
+    let command = config["process"]["args"][2].as_str().unwrap_or_default().replace("/tmp/", "/data/");
+    // Open all the time, as a log is.
+    config["process"]["args"][2] = format!("exec 5>>/data/log; {command}").into();
 }
 
 /// A container that counts in a shell variable and writes the number down.
@@ -38,7 +65,7 @@ impl Drop for Container {
 }
 
 impl Container {
-    fn new(test: &str) -> Result<Self, Failure> {
+    fn new(test: &str, change: Change) -> Result<Self, Failure> {
         for program in ["/usr/sbin/runc", "/bin/busybox"] {
             if !Path::new(program).exists() {
                 return Err(Failure::Skipped(format!("there is no {program}")));
@@ -68,12 +95,12 @@ impl Container {
         let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", stage.dir.display());
         let container = Self { stage, path };
         container.runc(&["spec"])?.ok()?;
-        container.configure()?;
+        container.configure(change)?;
         Ok(container)
     }
 
-    /// runc's own default, but for what runs.
-    fn configure(&self) -> Result<(), Failure> {
+    /// runc's own default, but for what runs and for the change.
+    fn configure(&self, change: Change) -> Result<(), Failure> {
         let file = self.stage.dir.join("config.json");
         let text = fs::read_to_string(&file).doing("reading config.json")?;
         let mut config: serde_json::Value =
@@ -85,6 +112,7 @@ impl Container {
         config["process"]["terminal"] = false.into();
         config["root"]["readonly"] = false.into();
         config["linux"]["cgroupsPath"] = self.cgroup().into();
+        change(&mut config, &self.stage.dir);
         fs::write(&file, config.to_string()).doing("writing config.json")
     }
 
@@ -136,8 +164,8 @@ impl Container {
     }
 }
 
-fn container(test: &str, running: bool) -> Result<(), Failure> {
-    let container = Container::new(test)?;
+fn container(test: &str, running: bool, change: Change) -> Result<(), Failure> {
+    let container = Container::new(test, change)?;
     container.runc(&["run", "--detach", "counter"])?.ok()?;
     let mut count = container.counts_on(3)?;
     let cgroups = container.cgroups()?;
