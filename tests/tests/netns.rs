@@ -391,6 +391,12 @@ fn refusals(test: &str) -> Result<(), Failure> {
     refuses(&mut case, &["come in", "device"])?;
     let tc = |line: &str| run("nsenter", &format!("--net=/proc/{}/ns/net tc {line}", case.stage.root));
     tc("qdisc del dev lo ingress")?;
+    case.ip("link add br0 type bridge\nlink add port type ifb\nlink set port master br0")?;
+    let bridge =
+        |line: &str| run("nsenter", &format!("--net=/proc/{}/ns/net bridge {line}", case.stage.root));
+    bridge("fdb add 02:00:00:00:00:07 dev port master static")?;
+    refuses(&mut case, &["by hand", "02:00:00:00:00:07"])?;
+    case.ip("link del br0\nlink del port")?;
     case.pass(&[], &[])?;
     case.finish()
 }

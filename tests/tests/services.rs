@@ -54,10 +54,33 @@ fn start(dir: &Path, argv: &[&str]) -> Result<Stage, Failure> {
     Ok(stage)
 }
 
-/// A snapshot of the running service, and then a dump that ends it, and a restore.
+/// A number that a longer run sets in the environment.
+fn asked_for(name: &str, usual: u32) -> u32 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
+/// For how many seconds there is a snapshot every second (`STASIS_SNAPSHOT_SECONDS`): what a service does under them takes as long.
+fn snapshot_seconds() -> u32 {
+    asked_for("STASIS_SNAPSHOT_SECONDS", 1)
+}
+
+/// Snapshots of the running service, and then a dump that ends it, and a restore.
 fn through(stage: &mut Stage) -> Result<(), Failure> {
     let tool = Tool::discover().doing("finding the tool")?;
-    stage.dump(&tool, "running", &["-R", KEEP])?;
+    let (seconds, mut longest) = (snapshot_seconds(), Duration::ZERO);
+    for second in 0..seconds {
+        let began = Instant::now();
+        let name = format!("running{second}");
+        stage.dump(&tool, &name, &["-R", KEEP])?;
+        longest = longest.max(began.elapsed());
+        let _ = fs::remove_dir_all(stage.dir.join(name));
+        if second + 1 < seconds {
+            thread::sleep(Duration::from_secs(1).saturating_sub(began.elapsed()));
+        }
+    }
+    if seconds > 1 {
+        println!("{seconds} snapshots, a second apart: the longest took {longest:?}");
+    }
     thread::sleep(Duration::from_millis(200));
     let pids = stage.pids();
     stage.dump(&tool, "img", &[KEEP])?;
@@ -249,9 +272,10 @@ fn postgres(test: &str) -> Result<(), Failure> {
     words(&with(&["-i", "-q", "postgres"]))?;
     let said = thread::scope(|scope| {
         // Connections that a failed restore has given up would keep it waiting.
-        let line =
-            [&["timeout".to_owned(), "40".to_owned()], &with(&["-c", "4", "-T", "4", "-n", "postgres"])[..]]
-                .concat();
+        let time = snapshot_seconds() + 3;
+        let limit = ["timeout".to_owned(), (time + 36).to_string()];
+        let load = [with(&["-c", "4", "-n", "-T"]), vec![time.to_string(), "postgres".to_owned()]].concat();
+        let line = [&limit[..], &load].concat();
         let client = scope.spawn(move || words(&line));
         thread::sleep(Duration::from_millis(800));
         through(&mut stage)?;
@@ -281,8 +305,11 @@ fn nginx(test: &str) -> Result<(), Failure> {
     let server = find("nginx")?;
     let dir = Stage::fresh_dir(test)?;
     let work = dir.join("work");
+    let size = asked_for("STASIS_DOWNLOAD_MIB", 24);
+    // Two seconds of it, or at most a hundred MiB in each.
+    let rate = size.div_ceil(2).min(100);
     let content: Vec<u8> =
-        (0..24u32 << 18).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        (0..size << 18).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     fs::write(work.join("big"), &content).doing("making a file")?;
     let place = work.display().to_string();
     let conf = format!(
@@ -290,7 +317,7 @@ fn nginx(test: &str) -> Result<(), Failure> {
         events {{ worker_connections 512; }}
         http {{ access_log off; client_body_temp_path {place}/t1; proxy_temp_path {place}/t2;
           fastcgi_temp_path {place}/t3; uwsgi_temp_path {place}/t4; scgi_temp_path {place}/t5;
-          server {{ listen 127.0.0.1:{PORT}; root {place}; limit_rate 12m; }} }}"
+          server {{ listen 127.0.0.1:{PORT}; root {place}; limit_rate {rate}m; }} }}"
     );
     fs::write(work.join("conf"), conf).doing("writing a configuration")?;
     let (server, conf) = (server.to_string_lossy().into_owned(), format!("{place}/conf"));
@@ -396,17 +423,17 @@ fn iperf(test: &str) -> Result<(), Failure> {
     let program = find("iperf3")?;
     let dir = Stage::fresh_dir(test)?;
     let (name, port) = (program.to_string_lossy().into_owned(), PORT.to_string());
+    let time = (snapshot_seconds() + 3).to_string();
     let mut stage = start(&dir, &[&name, "-s", "-p", &port])?;
     for direction in [&[][..], &["-R"][..]] {
         let mut client = Command::new(&program);
         client
-            .args(["-c", "127.0.0.1", "-p", &port, "-t", "3", "-b", "500M", "-P", "2", "-J"])
+            .args(["-c", "127.0.0.1", "-p", &port, "-t", &time, "-b", "500M", "-P", "2", "-J"])
             .args(direction);
         let client = thread::spawn(move || client.output());
         thread::sleep(Duration::from_millis(700));
         through(&mut stage)?;
         fs::remove_dir_all(dir.join("img")).doing("removing an image")?;
-        fs::remove_dir_all(dir.join("running")).doing("removing an image")?;
         let output = client.join().map_err(|_| broken("a client panicked"))?.doing("running iperf3")?;
         let said = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() || said.contains("\"error\"") || !said.contains("\"sum_received\"") {

@@ -16,13 +16,18 @@ struct Refused {
     remedy: &'static str,
 }
 
-const REFUSED: [Refused; 7] = [
+const REFUSED: [Refused; 8] = [
     Refused { name: "IPsec associations", found: || xfrm(0x12), remedy: "remove them (ip xfrm state flush)" },
     Refused { name: "IPsec policies", found: || xfrm(0x15), remedy: "remove them (ip xfrm policy flush)" },
     Refused {
         name: "queueing disciplines for packets that come in",
         found: ingress,
         remedy: "remove them (tc qdisc del dev DEVICE ingress)",
+    },
+    Refused {
+        name: "entries made by hand in a bridge's table of addresses",
+        found: bridge_entries,
+        remedy: "remove them (bridge fdb del)",
     },
     Refused {
         name: "interfaces of a multicast router",
@@ -82,6 +87,27 @@ fn ingress() -> io::Result<Vec<String>> {
         format!("{} of device {}", kind.unwrap_or_default(), one.get(4..8).map_or(0, number))
     };
     Ok(of_input.map(shown).collect())
+}
+
+/// `struct ndmsg` of family AF_BRIDGE: index at 4, state at 8. Those of the ports' own addresses are permanent, learned ones age.
+fn bridge_entries() -> io::Result<Vec<String>> {
+    const GET_NEIGHBOUR: u16 = 30;
+    const ADDRESS: u16 = 2;
+    const STATIC: u16 = 0x40;
+    let mut header = [0; 12];
+    header[0] = libc::AF_BRIDGE as u8;
+    let listed = list(libc::NETLINK_ROUTE, GET_NEIGHBOUR, &header)?;
+    let by_hand = listed.iter().filter(|one| {
+        one.first() == Some(&(libc::AF_BRIDGE as u8)) && one.get(8..10).map(number) == Some(STATIC.into())
+    });
+    let shown = |one: &Vec<u8>| {
+        let address =
+            one.get(12..).map(parse).and_then(|attributes| find(&attributes, ADDRESS).map(<[u8]>::to_vec));
+        let address =
+            address.unwrap_or_default().iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>();
+        format!("{} at device {}", address.join(":"), one.get(4..8).map_or(0, number))
+    };
+    Ok(by_hand.map(shown).collect())
 }
 
 /// A table in /proc with one line of headings.
