@@ -66,7 +66,11 @@ fn open_all(mounts: &[Mount], listed: &[Listed]) -> io::Result<Vec<Vec<Opened>>>
         let Some((kind, data)) = &watch.handle else { return Ok(Vec::new()) };
         let mut found = Vec::new();
         for (index, mount) in mounts.iter().enumerate().filter(|(_, mount)| mount.dev == watch.dev) {
-            kernel::change_directory(mount.root.as_fd())?;
+            match kernel::change_directory(mount.root.as_fd()) {
+                // A mount of a single file; a watch of it is found by others, or by its name.
+                Err(error) if error.kind() == io::ErrorKind::NotADirectory => continue,
+                changed => changed?,
+            }
             let Ok(file) = kernel::open_handle(*kind, data) else { continue };
             let stat = kernel::stat(file.as_fd())?;
             let link = fs::read_link(kernel::magic_link(file.as_fd()))?;

@@ -1,6 +1,7 @@
 //! Flags of mounts, and descriptors of every kind on them.
 
 use std::fs;
+use std::os::fd::{AsRawFd, FromRawFd};
 
 use nix::mount::MsFlags;
 
@@ -38,6 +39,19 @@ pub fn run(ctl: &Ctl) -> Outcome {
     bind("/etc".as_ref(), &ctl.work("etc"))?;
     change(&ctl.work("etc"), MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY)?;
     let single = fs::OpenOptions::new().read(true).write(true).open(ctl.work("single"))?;
+    fs::create_dir(ctl.work("watched"))?;
+    fs::write(ctl.work("watched/file"), "")?;
+    fs::write(ctl.work("on-disk"), "")?;
+    bind(&ctl.work("watched/file"), &ctl.work("on-disk"))?;
+    // Watches are found by the mounts of their file system, of which one is no directory.
+    // SAFETY: takes a number.
+    let watch = sys::cvt(unsafe { libc::inotify_init1(libc::IN_NONBLOCK) })?;
+    // SAFETY: the kernel just made this descriptor.
+    let watch = unsafe { std::os::fd::OwnedFd::from_raw_fd(watch) };
+    let watched = std::ffi::CString::new(ctl.work("watched").into_os_string().into_encoded_bytes());
+    let watched = watched.map_err(std::io::Error::other)?;
+    // SAFETY: a NUL-terminated path.
+    sys::cvt(unsafe { libc::inotify_add_watch(watch.as_raw_fd(), watched.as_ptr(), libc::IN_CREATE) })?;
     let links = || -> Outcome<Vec<String>> {
         let link = |fd: &fs::File| {
             let number = std::os::fd::AsRawFd::as_raw_fd(fd);
@@ -60,6 +74,9 @@ pub fn run(ctl: &Ctl) -> Outcome {
     sys::write(&single, b"through the single one")?;
     ensure(fs::read(ctl.work("all/file"))?.starts_with(b"through the single one"), "it is another file")?;
     ensure(fs::write(ctl.work("ro/file"), "").is_err(), "ro can be written")?;
+    let _ = fs::remove_file(ctl.work("watched/noticed"));
+    fs::write(ctl.work("watched/noticed"), "")?;
+    ensure(sys::read(&watch, 4096)?.windows(7).any(|name| name == b"noticed"), "the watch notices nothing")?;
     ensure(fs::read(ctl.work("nosymfollow/link")).is_err(), "nosymfollow follows")?;
     ensure(fs::read(ctl.work("plain/link")).is_ok(), "plain does not follow")
 }
