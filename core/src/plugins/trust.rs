@@ -3,7 +3,7 @@
 use super::{PluginFile, PluginsError};
 use nix::unistd::geteuid;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -48,12 +48,19 @@ pub fn check(files: &[PluginFile]) -> Result<(), PluginsError> {
     }
     let mut untrusted = BTreeSet::new();
     let mut seen = BTreeSet::new();
+    // Most libraries are in one directory, whose true path takes a system call for each of its parts.
+    let mut directories: BTreeMap<&Path, PathBuf> = BTreeMap::new();
     for file in files {
         let read = |source| PluginsError::Read { path: file.path.clone(), source };
-        let target = file.path.canonicalize().map_err(read)?;
-        let beside = file.path.parent().map(Path::canonicalize).transpose().map_err(read)?;
+        let (Some(parent), Some(name)) = (file.path.parent(), file.path.file_name()) else { continue };
+        let beside = match directories.get(parent) {
+            Some(known) => known.clone(),
+            None => directories.entry(parent).or_insert(parent.canonicalize().map_err(read)?).clone(),
+        };
+        let is_link = fs::symlink_metadata(&file.path).map_err(read)?.is_symlink();
+        let target = if is_link { file.path.canonicalize().map_err(read)? } else { beside.join(name) };
         look(&target, Strictness::Own, &mut seen, &mut untrusted).map_err(read)?;
-        for directory in target.parent().into_iter().chain(beside.as_deref()) {
+        for directory in target.parent().into_iter().chain([&*beside]) {
             look(directory, Strictness::Own, &mut seen, &mut untrusted).map_err(read)?;
             for above in directory.ancestors().skip(1) {
                 look(above, Strictness::Above, &mut seen, &mut untrusted).map_err(read)?;

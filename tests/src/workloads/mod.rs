@@ -120,7 +120,7 @@ workloads! {
     wait_limits: "waits with a time limit, which end by it: epoll_wait, sigtimedwait, semtimedop, io_getevents", unsteady;
     wait_limits_sockets: "waits on sockets that end by their timeout";
     wait_masks: "waits with a signal mask of their own: sigsuspend, ppoll, pselect, epoll_pwait";
-    wait_calls: "calls that last: epoll_wait, sigtimedwait, locks, accept, wait", flags("--file-locks");
+    wait_calls: "calls that last: epoll_wait, sigtimedwait, locks, accept, wait, msgrcv", flags("--file-locks");
     fs_identity: "working directory, umask, personality and name";
     fs_chroot: "a root directory of its own", host;
     files_offsets: "offsets of regular files, shared by dup and by fork";

@@ -128,6 +128,27 @@ fn wait(ctl: &Ctl, name: &str) -> Outcome<Waiter> {
     Ok(Waiter { child, release: Box::new(release) })
 }
 
+/// msgrcv(2) of a message that is sent. The queue goes with its namespace.
+fn message(ctl: &Ctl, name: &str) -> Outcome<Waiter> {
+    // SAFETY: numbers only.
+    let queue = cvt_long(unsafe { libc::syscall(libc::SYS_msgget, libc::IPC_PRIVATE, 0o600) })?;
+    let child = ctl.child(name, |ctl| {
+        // Type and text.
+        let mut got = [0_u64; 2];
+        ctl.announce(&format!("ready.{name}"), b"")?;
+        // SAFETY: room for eight bytes behind the type.
+        let length = unsafe { libc::syscall(libc::SYS_msgrcv, queue, got.as_mut_ptr(), 8, 0, 0) };
+        same("msgrcv", (cvt_long(length)?, got), (8, [7, 0xABCD]))
+    })?;
+    let release = move |_: &Child| {
+        let message = [7_u64, 0xABCD];
+        // SAFETY: eight bytes behind the type.
+        cvt_long(unsafe { libc::syscall(libc::SYS_msgsnd, queue, message.as_ptr(), 8, 0) }).map(drop)?;
+        Ok(())
+    };
+    Ok(Waiter { child, release: Box::new(release) })
+}
+
 /// Sets up, waits, checks.
 pub fn run(ctl: &Ctl) -> Outcome {
     let waiters = [
@@ -139,8 +160,9 @@ pub fn run(ctl: &Ctl) -> Outcome {
         posix_lock(ctl, "posix-lock")?,
         accept(ctl, "accept")?,
         wait(ctl, "wait")?,
+        message(ctl, "message")?,
     ];
-    for name in ["epoll", "epoll-hour", "signal", "signal-hour", "flock", "posix-lock", "accept", "wait"] {
+    for name in ["epoll", "epoll-hour", "signal", "signal-hour", "flock", "posix-lock", "accept", "wait", "message"] {
         ctl.await_ready(name)?;
     }
     pause(Duration::from_millis(50));
