@@ -84,8 +84,8 @@ const WHOLE: [&str; 11] = [
 ];
 
 /// Lines of fdinfo that differ by nature.
-const FDINFO_VARIES: [&str; 7] =
-    ["mnt_id:", "ino:", "it_value:", "ticks:", "eventfd-id:", "scm_fds:", "Pid:"];
+const FDINFO_VARIES: [&str; 8] =
+    ["mnt_id:", "ino:", "it_value:", "ticks:", "eventfd-id:", "map_id:", "scm_fds:", "Pid:"];
 
 impl Snapshot {
     /// Looks at the tree below `root`.

@@ -43,15 +43,15 @@ const REFUSALS: &[Refusal] = &[
         remedy: "stop profiling",
     },
     Refusal {
-        link: "anon_inode:bpf-map",
-        name: "BPF map",
-        why: "maps belong to loaded programs, which stay in the kernel",
-        remedy: "pin the map (bpffs), and let the program open it again",
+        link: "anon_inode:bpf-prog",
+        name: "BPF program",
+        why: "loaded programs stay in the kernel",
+        remedy: "pin it (bpffs), and let the program open it again",
     },
     Refusal {
-        link: "anon_inode:bpf",
-        name: "BPF program or link",
-        why: "loaded programs stay in the kernel",
+        link: "anon_inode:bpf_link",
+        name: "BPF link",
+        why: "what it attaches stays in the kernel",
         remedy: "pin it (bpffs), and let the program open it again",
     },
     Refusal {
@@ -117,9 +117,8 @@ mod tests {
     use stasis_plugin_api::testing::Kit;
 
     #[test]
-    fn the_special_comes_before_the_general() {
-        assert_eq!(refusal("anon_inode:bpf-map").unwrap().name, "BPF map");
-        assert_eq!(refusal("anon_inode:bpf-prog").unwrap().name, "BPF program or link");
+    fn each_entry_is_reached() {
+        assert_eq!(refusal("anon_inode:bpf-prog").unwrap().name, "BPF program");
         assert!(refusal("anon_inode:[eventfd]").is_none());
         for (at, refusal) in REFUSALS.iter().enumerate() {
             let first = REFUSALS.iter().position(|other| refusal.link.starts_with(other.link));

@@ -7,18 +7,18 @@ use crate::sys::cvt_long;
 
 /// The kinds that this machine has, by the names in the refusals.
 fn open_all() -> Vec<(&'static str, OwnedFd)> {
-    // struct io_uring_params, perf_event_attr (a software clock) and union bpf_attr (an array of one), mostly zeros.
+    // struct io_uring_params, perf_event_attr (a software clock) and union bpf_attr (a queue), mostly zeros.
     let mut ring = [0_u32; 30];
     let mut event = [0_u64; 16];
     (event[0], event[1]) = (128 << 32 | 1, 0);
-    let map = [2_u32, 4, 4, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let map = [22_u32, 0, 4, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let tries = [
         // SAFETY: all structures are as large as the calls want them and outlive them.
         ("io_uring", unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, ring.as_mut_ptr()) }),
         // SAFETY: as above.
         ("perf event", unsafe { libc::syscall(libc::SYS_perf_event_open, event.as_ptr(), 0, -1, -1, 0) }),
         // SAFETY: as above.
-        ("BPF map", unsafe { libc::syscall(libc::SYS_bpf, 0, map.as_ptr(), size_of_val(&map)) }),
+        ("bpf-map", unsafe { libc::syscall(libc::SYS_bpf, 0, map.as_ptr(), size_of_val(&map)) }),
         // SAFETY: an integer argument.
         ("userfaultfd", unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) }),
     ];

@@ -29,6 +29,7 @@ const TREES: &[(&str, Flavour)] = &[
     ("inotify", Flavour::Host),
     ("fanotify", Flavour::Host),
     ("mqueue", Flavour::Host),
+    ("bpf_map", Flavour::Host),
     ("memfd", Flavour::Host),
     ("pidfd", Flavour::Host),
     ("pipe_data", Flavour::Host),
