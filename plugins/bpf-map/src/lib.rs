@@ -4,7 +4,7 @@
 //! of the tree has open, too, becomes a copy. The order of last use of an LRU map is that in which its entries are
 //! listed.
 
-use kernel::Create;
+use kernel::{Create, MapInfo};
 use records::stasis::bpfmap::v1::Map;
 use stasis_plugin_api::{
     Described, Descriptor, Dumped, HandleInfo, HookError, Host, ObjectInfo, Result, Selector, export_plugin,
@@ -106,6 +106,26 @@ fn read_entries(map: BorrowedFd<'_>, record: &Map, mut from: impl Read) -> Resul
     Ok(())
 }
 
+/// What entries alone would not bring back.
+fn refuse_more_than_a_table(info: &MapInfo, label: &str) -> Result<()> {
+    let apart = "let the program make a plain map, or close it";
+    let (why, remedy) = if is_per_processor(info.kind).is_none() {
+        (format!("maps of type {} cannot be listed or hold more than data", info.kind), apart)
+    } else if info.flags & !KNOWN_FLAGS != 0 || info.extra != 0 || info.ifindex != 0 {
+        (format!("its flags {:#x} ask for more than a table", info.flags), apart)
+    } else if info.btf_id != 0 {
+        ("it has type information (BTF)".into(), "let the program make it without")
+    } else if let Some(program) =
+        kernel::user_of(info.id).map_err(failed("look for programs of a BPF map"))?
+    {
+        let why = format!("the loaded BPF program {program} uses it, and stays in the kernel");
+        (why, "unload the program, or pin the map and let the tree open it again")
+    } else {
+        return Ok(());
+    };
+    Err(HookError::unsupported(label, why, remedy))
+}
+
 struct Maps;
 
 impl Descriptor for Maps {
@@ -116,42 +136,25 @@ impl Descriptor for Maps {
         vec![Selector::AnonInode("bpf-map".into())]
     }
 
-    fn describe(&self, _: &Host<'_>, handle: &HandleInfo, _: BorrowedFd<'_>) -> Result<Described> {
+    fn describe(&self, _: &Host<'_>, handle: &HandleInfo, fd: BorrowedFd<'_>) -> Result<Described> {
         let id = handle.field("map_id")?;
-        Ok(Described {
-            identity: id.into(),
-            description: format!("bpf-map:[{id}]").into(),
-            ..Described::default()
-        })
+        let label = format!("bpf-map:[{id}]");
+        refuse_more_than_a_table(&kernel::info(fd).map_err(failed("ask for a BPF map"))?, &label)?;
+        Ok(Described { identity: id.into(), description: label.into(), ..Described::default() })
     }
 
     fn dump(&self, host: &Host<'_>, object: &ObjectInfo) -> Result<Dumped<Map>> {
-        let label = object.description.as_str();
-        let refuse = |why: String, remedy: &str| Err(HookError::unsupported(label, why, remedy));
-        let apart = "let the program make a plain map, or close it";
-        let readable = object.handles.iter().find(|handle| access(handle) != WRONLY);
-        let Some(handle) = readable else {
-            return refuse("it is open for writing only".into(), "keep a descriptor that can read it");
+        let Some(handle) = object.handles.iter().find(|handle| access(handle) != WRONLY) else {
+            let why = "it is open for writing only";
+            return Err(HookError::unsupported(
+                object.description.as_str(),
+                why,
+                "keep a descriptor that can read it",
+            ));
         };
         let owned = host.open_handle(handle.id)?;
         let map = owned.as_fd();
         let info = kernel::info(map).map_err(failed("ask for a BPF map"))?;
-        let Some(per_processor) = is_per_processor(info.kind) else {
-            return refuse(
-                format!("maps of type {} cannot be listed or hold more than data", info.kind),
-                apart,
-            );
-        };
-        if info.flags & !KNOWN_FLAGS != 0 || info.extra != 0 || info.ifindex != 0 {
-            return refuse(format!("its flags {:#x} ask for more than a table", info.flags), apart);
-        }
-        if info.btf_id != 0 {
-            return refuse("it has type information (BTF)".into(), "make it without");
-        }
-        if let Some(program) = kernel::user_of(info.id).map_err(failed("look for programs of a BPF map"))? {
-            let why = format!("the loaded BPF program {program} uses it, and stays in the kernel");
-            return refuse(why, "unload the program, or pin the map and let the tree open it again");
-        }
         let mut record = Map {
             r#type: info.kind,
             key_size: info.key_size,
@@ -160,7 +163,7 @@ impl Descriptor for Maps {
             flags: info.flags,
             name: info.name.iter().copied().take_while(|&byte| byte != 0).collect(),
             frozen: handle.field("frozen").is_ok_and(|frozen| frozen == "1"),
-            processors: if per_processor { processors()? } else { 0 },
+            processors: if is_per_processor(info.kind) == Some(true) { processors()? } else { 0 },
             access: object.handles.iter().map(access).collect(),
             ..Map::default()
         };

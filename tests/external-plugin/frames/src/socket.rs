@@ -103,10 +103,8 @@ impl Descriptor for Sockets {
         let handle = socket::only_handle(object)?;
         let label = object.description.as_str();
         let refuse = |why: &str, remedy: &str| Err(HookError::unsupported(label, why, remedy));
-        let owned = host.open_handle(handle.id)?;
+        let (owned, _) = socket::open(host, object)?;
         let fd = owned.as_fd();
-        let proc = host.open_proc(socket::holder(host, object)?)?;
-        socket::check_namespace(fd, &proc, label)?;
         let facts = diag::facts(handle.ino)?;
         if let Some(more) = facts.more {
             return refuse(&format!("it has {more}, which this plugin does not know"), "do without");
