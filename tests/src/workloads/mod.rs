@@ -159,6 +159,7 @@ workloads! {
     signalfd_adder: "a signalfd that a child has put into its parent's epoll set";
     inotify: "watches on directories, files, links and renamed files, with their numbers; no event of restore's own";
     inotify_events: "events in the queue: all of them, or one that says that some were lost";
+    ns_cgroup: "a cgroup namespace";
     bpf_map: "BPF maps with their entries";
     inotify_many: "10,000 watches", heavy;
     fanotify: "marks on a file, a directory with its children, and a file system", host;
