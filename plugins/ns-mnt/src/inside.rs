@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io::Read,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 /// A mount namespace of the tree.
@@ -80,9 +80,19 @@ impl Space {
         if !lines.iter().any(is_cgroup) {
             return Ok(lines);
         }
-        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
-        let namespace = rustix::fs::openat(&self.proc, "ns/cgroup", flags, rustix::fs::Mode::empty())
-            .map_err(|errno| HookError::failed("opening the cgroup namespace of a task", errno))?;
+        let open = |directory: BorrowedFd<'_>| {
+            let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+            let file = rustix::fs::openat(directory, "ns/cgroup", flags, rustix::fs::Mode::empty())
+                .map_err(|errno| HookError::failed("opening the cgroup namespace of a task", errno))?;
+            let ino = rustix::fs::fstat(&file)
+                .map_err(|errno| HookError::failed("stat of a cgroup namespace", errno))?
+                .st_ino;
+            Ok::<_, HookError>((file, ino))
+        };
+        let ((namespace, theirs), (_, ours)) = (open(self.proc.as_fd())?, open(own.0.as_fd())?);
+        if theirs == ours {
+            return Ok(lines);
+        }
         // SAFETY: changes this thread alone, which ends soon.
         if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWCGROUP) } < 0 {
             return Err(failed("entering the cgroup namespace of a task"));
