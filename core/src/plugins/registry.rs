@@ -74,10 +74,12 @@ pub enum Wanted<'a> {
 impl Registry {
     /// Finds and loads all plugins that are wanted.
     pub fn load(choice: &PluginChoice) -> Result<Self, PluginsError> {
-        Self::load_files(choice, find_files(&choice.directories)?, |_| true)
+        let mut registry = Self::load_files(choice, find_files(&choice.directories)?, |_| true)?;
+        registry.tables = Tables::new(&registry.plugins, &choice.prefer)?;
+        Ok(registry)
     }
 
-    /// Loads only what an image needs, and says what is missing. Libraries named otherwise than
+    /// Loads only what an image needs, and says what is missing. Who claims what was settled by the dump: nobody is asked again. Libraries named otherwise than
     /// `libstasis_plugin_NAME.so` are loaded to see who they are.
     pub fn load_needed(choice: &PluginChoice, header: &Header) -> Result<Self, PluginsError> {
         let needed = |name: &str| header.plugins.iter().any(|plugin| plugin.name == name);
@@ -126,7 +128,6 @@ impl Registry {
                 return Err(PluginsError::UnknownName { flag, name: name.clone(), known });
             }
         }
-        registry.tables = Tables::new(&registry.plugins, &choice.prefer)?;
         Ok(registry)
     }
 
