@@ -21,13 +21,7 @@ const RESOURCE_WORDS: &[&str] = &[
 ];
 /// Kernel interfaces that core uses as tools of its own, and words of another tool's interface that are only passed on: (end of the
 /// path, or folder in it; word).
-const OWN_TOOLS: &[(&str, &str)] = &[
-    ("front.rs", "signalfd"),
-    ("src/criu/", "tcp"),
-    // Interrupted calls with a time limit are made again with what is left of it.
-    ("arch/x86_64.rs", "epoll"),
-    ("guardian/survey.rs", "epoll"),
-];
+const OWN_TOOLS: &[(&str, &str)] = &[("front.rs", "signalfd"), ("src/criu/", "tcp")];
 /// A file longer than this has outgrown one sitting.
 const MAX_LINES: usize = 600;
 

@@ -142,8 +142,8 @@ pub fn timeout_of_uninterruptible_wait(registers: &Registers) -> Option<Timeout>
     })
 }
 
-/// Whether this is a wait for ready descriptors of fs/eventpoll.c.
-pub fn is_epoll_wait(call: u64) -> bool {
+/// Whether the timer of such a wait has a slack that is a part of its limit, rather than that of its thread (fs/eventpoll.c).
+pub fn slack_is_part_of_limit(call: u64) -> bool {
     [232, 281, 441].contains(&call)
 }
 

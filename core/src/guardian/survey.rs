@@ -11,7 +11,7 @@ use super::{
     waits::LimitedWait,
 };
 use crate::{
-    arch::{Registers, Timeout, is_epoll_wait, socket_wait, timeout_of_uninterruptible_wait},
+    arch::{Registers, Timeout, slack_is_part_of_limit, socket_wait, timeout_of_uninterruptible_wait},
     ptrace::{
         TaskId,
         who::{self, Scheduled, Syscall},
@@ -31,9 +31,9 @@ use std::{
 const NEAR_NS: i64 = 2_000_000;
 /// And this part of the time since then.
 const NEAR_PART: i64 = 50;
-/// What is left of a wait for epoll events is that many times the slack of its timer, if it is long (fs/select.c,
+/// What is left of a wait kept by [`Keeper::Proportional`] is that many times the slack of its timer, if it is long (fs/select.c,
 /// select_estimate_accuracy).
-const EPOLL_SLACK: i64 = 1000;
+const LIMIT_PER_SLACK: i64 = 1000;
 
 /// A wait that was seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,7 +121,9 @@ fn expiry(timers: &[Timer], wait: &Wait, began: i64, near: i64) -> Option<i64> {
     match wait.keeper {
         Keeper::Socket => None,
         Keeper::Thread { signature } => signed(signature).or_else(|| nearest(&|_| latest)),
-        Keeper::Epoll => nearest(&|_| latest).or_else(|| nearest(&|timer| began + timer.slack * EPOLL_SLACK)),
+        Keeper::Proportional => {
+            nearest(&|_| latest).or_else(|| nearest(&|timer| began + timer.slack * LIMIT_PER_SLACK))
+        }
     }
 }
 
@@ -152,7 +154,7 @@ enum Keeper {
     /// A high resolution timer with the slack of its thread, in nanoseconds, if [`sign`] has changed it to this.
     Thread { signature: i64 },
     /// A high resolution timer whose slack is a part of what is left.
-    Epoll,
+    Proportional,
     /// A timer that /proc/timer_list does not show.
     Socket,
 }
@@ -193,7 +195,7 @@ fn limit_of(pid: i32, tid: i32, registers: &Registers, stack: u64) -> Option<(i6
     };
     let keeper = match registers.syscall() {
         _ if wait.is_none() => Keeper::Socket,
-        Some(call) if is_epoll_wait(call) => Keeper::Epoll,
+        Some(call) if slack_is_part_of_limit(call) => Keeper::Proportional,
         _ => Keeper::Thread { signature: timer_slack(tid).map_or(0, |slack| signature(tid, stack, slack)) },
     };
     (ns > 0).then_some((ns, keeper))
@@ -275,9 +277,9 @@ mod tests {
         let found = |keeper, began| expiry(&timers, &wait(keeper), began, 100);
         assert_eq!(found(Keeper::Thread { signature: 61 }, 0), Some(7_000), "by its slack");
         assert_eq!(found(Keeper::Thread { signature: 62 }, 10), Some(100_000), "by its time");
-        assert_eq!(found(Keeper::Epoll, 10_000), Some(90_000), "80,000 are left since 10,000");
-        assert_eq!(found(Keeper::Epoll, 30), Some(100_000), "nothing is over yet");
-        assert_eq!(found(Keeper::Epoll, 52_000), None);
+        assert_eq!(found(Keeper::Proportional, 10_000), Some(90_000), "80,000 are left since 10,000");
+        assert_eq!(found(Keeper::Proportional, 30), Some(100_000), "nothing is over yet");
+        assert_eq!(found(Keeper::Proportional, 52_000), None);
         assert_eq!(found(Keeper::Socket, 0), None);
     }
 
@@ -295,15 +297,16 @@ mod tests {
 
     #[test]
     fn a_wait_is_seen_with_its_time() {
-        const LIMIT_MS: i32 = 1_000_000;
+        const LIMIT_NS: i64 = 1_000_000_000_000;
         let (send, receive) = std::sync::mpsc::channel();
         // It sleeps until the test ends.
         thread::spawn(move || {
-            let mut event = libc::epoll_event { events: 0, u64: 0 };
-            // SAFETY: takes numbers only, and room for one event.
+            let limit = libc::timespec { tv_sec: LIMIT_NS / 1_000_000_000, tv_nsec: 0 };
+            // SAFETY: an empty set and a limit that outlive the call; no information is asked for.
             unsafe {
                 send.send(libc::syscall(libc::SYS_gettid) as i32).unwrap();
-                libc::epoll_wait(libc::epoll_create1(0), &mut event, 1, LIMIT_MS);
+                let none: libc::sigset_t = std::mem::zeroed();
+                libc::sigtimedwait(&none, std::ptr::null_mut(), &limit);
             }
         });
         let (tid, began) = (receive.recv().unwrap(), now_ns());
@@ -312,7 +315,7 @@ mod tests {
             survey(std::process::id() as i32).get(&tid).copied()
         });
         // Its timer is known to the nanosecond; without /proc/timer_list the clocks still tell.
-        let off = begun.unwrap().deadline_ns - (began + i64::from(LIMIT_MS) * 1_000_000);
+        let off = begun.unwrap().deadline_ns - (began + LIMIT_NS);
         assert!(off.abs() < 1_000_000_000, "{off}");
         assert!(!begun.unwrap().lasted_until_stop(std::process::id() as i32));
     }
