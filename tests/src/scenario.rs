@@ -174,6 +174,20 @@ impl Stage {
         Stage::start_command(&dir, flavour, &[&binary_text, workload, &dir_text], patience)
     }
 
+    /// A directory for what a test starts by itself; there is no tree yet.
+    pub fn idle(dir: PathBuf, patience: Duration) -> Stage {
+        Stage {
+            dir,
+            patience,
+            root: 0,
+            steady: true,
+            verify: None,
+            growing: false,
+            flags: &[],
+            keeps_pids: true,
+        }
+    }
+
     /// An empty directory for a test.
     pub fn fresh_dir(test: &str) -> Result<PathBuf, Failure> {
         let dir = base_dir().join(test.replace("::", "."));
@@ -205,16 +219,8 @@ impl Stage {
             .spawn()
             .doing("starting the launcher")?;
         drop(launcher);
-        let mut stage = Stage {
-            dir: dir.to_owned(),
-            patience,
-            root: 0,
-            steady: true,
-            verify: None,
-            growing: false,
-            flags: &[],
-            keeps_pids: flavour == Flavour::Host,
-        };
+        let mut stage =
+            Stage { keeps_pids: flavour == Flavour::Host, ..Stage::idle(dir.to_owned(), patience) };
         stage.wait_for("pid", "the launcher")?;
         stage.root = stage.read("pid").trim().parse().unwrap_or(0);
         stage.wait_for("ready", "the workload to get ready")?;

@@ -288,16 +288,7 @@ fn on(fail: Fail) -> Failure {
 /// A stage for a tree that the test has started itself.
 fn stage_of(test: &str, root: i32) -> Result<Stage, Failure> {
     let dir = Stage::fresh_dir(test)?;
-    Ok(Stage {
-        dir,
-        patience: PATIENCE,
-        root,
-        steady: true,
-        verify: None,
-        growing: false,
-        keeps_pids: true,
-        flags: &[],
-    })
+    Ok(Stage { root, ..Stage::idle(dir, PATIENCE) })
 }
 
 /// A shell's job moves to another terminal.

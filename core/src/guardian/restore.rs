@@ -457,7 +457,7 @@ fn arm(
             restartable::CLOCK_NANOSLEEP => Some(&mut call.rdx),
             restartable::FUTEX => Some(&mut call.r10),
             restartable::POLL => {
-                call.rdx = ((remaining + 999_999) / 1_000_000) as u64;
+                call.rdx = (remaining.saturating_add(999_999) / 1_000_000) as u64;
                 None
             }
             _ => None,

@@ -96,8 +96,8 @@ fn conclude(seen: &[Wait]) -> HashMap<i32, Begun> {
     let begun = |wait: &Wait| {
         let began = wait.last_ran_ns + lags.get(&wait.processor)?;
         let near = NEAR_NS + (now - began).max(0) / NEAR_PART;
-        let expiry = expiry(&timers, wait, began, near).unwrap_or(began + wait.limit_ns);
-        let deadline_ns = expiry.clamp(now, now + wait.limit_ns);
+        let expiry = expiry(&timers, wait, began, near).unwrap_or(began.saturating_add(wait.limit_ns));
+        let deadline_ns = expiry.clamp(now, now.saturating_add(wait.limit_ns));
         Some((wait.tid, Begun { call: wait.call, switches: wait.switches, deadline_ns }))
     };
     seen.iter().filter_map(begun).collect()
@@ -105,25 +105,25 @@ fn conclude(seen: &[Wait]) -> HashMap<i32, Begun> {
 
 /// The expiry of the wait's timer; `began` is known up to `near`.
 fn expiry(timers: &[Timer], wait: &Wait, began: i64, near: i64) -> Option<i64> {
-    let latest = began + wait.limit_ns;
+    let latest = began.saturating_add(wait.limit_ns);
     let nearest = |expected: &dyn Fn(&Timer) -> i64| {
-        let off = |timer: &Timer| (timer.expiry - expected(timer)).abs();
+        let off = |timer: &Timer| timer.expiry.abs_diff(expected(timer));
         timers
             .iter()
-            .filter(|timer| off(timer) <= near)
+            .filter(|timer| off(timer) <= near.unsigned_abs())
             .min_by_key(|timer| off(timer))
             .map(|timer| timer.expiry)
     };
     let signed = |slack: i64| {
-        let mut own = timers.iter().filter(|timer| timer.slack == slack && timer.expiry <= latest + near);
+        let mut own =
+            timers.iter().filter(|timer| timer.slack == slack && timer.expiry <= latest.saturating_add(near));
         own.next().filter(|_| own.next().is_none()).map(|timer| timer.expiry)
     };
     match wait.keeper {
         Keeper::Socket => None,
         Keeper::Thread { signature } => signed(signature).or_else(|| nearest(&|_| latest)),
-        Keeper::Proportional => {
-            nearest(&|_| latest).or_else(|| nearest(&|timer| began + timer.slack * LIMIT_PER_SLACK))
-        }
+        Keeper::Proportional => nearest(&|_| latest)
+            .or_else(|| nearest(&|timer| began.saturating_add(timer.slack.saturating_mul(LIMIT_PER_SLACK)))),
     }
 }
 
@@ -231,7 +231,7 @@ pub fn socket_timeout(socket: &OwnedFd, sends: bool) -> Option<i64> {
 
 /// Sets it; true if that worked. Shorter than a microsecond would mean for ever.
 pub fn set_socket_timeout(socket: &OwnedFd, sends: bool, ns: i64) -> bool {
-    let us = (ns + 999) / 1000;
+    let us = ns.saturating_add(999) / 1000;
     let time = libc::timeval { tv_sec: us / 1_000_000, tv_usec: us % 1_000_000 };
     let (fd, place, len) = (socket.as_raw_fd(), (&raw const time).cast(), size_of::<libc::timeval>() as u32);
     // SAFETY: one timeval of that length.
@@ -281,6 +281,8 @@ mod tests {
         assert_eq!(found(Keeper::Proportional, 30), Some(100_000), "nothing is over yet");
         assert_eq!(found(Keeper::Proportional, 52_000), None);
         assert_eq!(found(Keeper::Socket, 0), None);
+        let for_ever = Wait { limit_ns: i64::MAX, ..wait(Keeper::Thread { signature: 62 }) };
+        assert_eq!(expiry(&timers, &for_ever, 10, 100), None, "later than any timer");
     }
 
     #[test]

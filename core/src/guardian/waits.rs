@@ -73,7 +73,7 @@ pub fn begin_again(threads: Vec<Again<'_>>, waiter: &mut Waiter) -> Result<(), G
         // Rewound, the number of the call is where the program had put it.
         let made = Registers { orig_rax: registers.rax, ..registers };
         if let Some(Timeout::Milliseconds(_)) = timeout_of_uninterruptible_wait(&made) {
-            let milliseconds = (again.remaining_ns + 999_999) / 1_000_000;
+            let milliseconds = again.remaining_ns.saturating_add(999_999) / 1_000_000;
             registers.set_milliseconds(milliseconds.clamp(0, i32::MAX.into()) as i32);
             stopped.set_registers(&registers)?;
         } else if let Some((place, limit)) = find(stopped, &made) {

@@ -13,6 +13,9 @@ use crate::sys::{cvt_long, pipe, read, write};
 
 const HOUR: libc::timespec = libc::timespec { tv_sec: 3600, tv_nsec: 0 };
 
+/// Nearly as long as the kernel can count.
+const AGES: libc::timespec = libc::timespec { tv_sec: 9_000_000_000, tv_nsec: 0 };
+
 /// A child in a call, and what ends that call.
 struct Waiter {
     child: Child,
@@ -156,13 +159,14 @@ pub fn run(ctl: &Ctl) -> Outcome {
         epoll(ctl, "epoll-hour", 3_600_000)?,
         signal(ctl, "signal", None)?,
         signal(ctl, "signal-hour", Some(HOUR))?,
+        signal(ctl, "signal-ages", Some(AGES))?,
         flock(ctl, "flock")?,
         posix_lock(ctl, "posix-lock")?,
         accept(ctl, "accept")?,
         wait(ctl, "wait")?,
         message(ctl, "message")?,
     ];
-    for name in ["epoll", "epoll-hour", "signal", "signal-hour", "flock", "posix-lock", "accept", "wait", "message"] {
+    for name in ["epoll", "epoll-hour", "signal", "signal-hour", "signal-ages", "flock", "posix-lock", "accept", "wait", "message"] {
         ctl.await_ready(name)?;
     }
     pause(Duration::from_millis(50));

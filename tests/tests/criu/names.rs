@@ -43,16 +43,7 @@ pub fn tests() -> Vec<Test> {
 
 fn empty(test: &str) -> Result<(Stage, Tool), Failure> {
     let dir = Stage::fresh_dir(test)?;
-    let stage = Stage {
-        dir,
-        patience: PATIENCE,
-        root: 0,
-        steady: true,
-        verify: None,
-        growing: false,
-        flags: &[],
-        keeps_pids: true,
-    };
+    let stage = Stage::idle(dir, PATIENCE);
     let tool = tool(&stage)?;
     Ok((stage, tool))
 }

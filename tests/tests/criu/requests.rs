@@ -221,16 +221,7 @@ fn questions(test: &str) -> Result<(), Failure> {
 }
 
 fn nobody() -> Stage {
-    Stage {
-        dir: std::path::PathBuf::new(),
-        patience: PATIENCE,
-        root: 0,
-        steady: true,
-        verify: None,
-        growing: false,
-        flags: &[],
-        keeps_pids: true,
-    }
+    Stage::idle(std::path::PathBuf::new(), PATIENCE)
 }
 
 /// What cannot be done is said in words.

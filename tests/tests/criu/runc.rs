@@ -81,16 +81,7 @@ impl Container {
         for name in ["sh", "sleep"] {
             symlink("busybox", bin.join(name)).doing("linking busybox")?;
         }
-        let stage = Stage {
-            dir,
-            patience: PATIENCE,
-            root: 0,
-            steady: true,
-            verify: None,
-            growing: false,
-            flags: &[],
-            keeps_pids: false,
-        };
+        let stage = Stage { keeps_pids: false, ..Stage::idle(dir, PATIENCE) };
         tool(&stage)?;
         let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", stage.dir.display());
         let container = Self { stage, path };
